@@ -86,7 +86,7 @@ def _bisected_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
         high = torch.where(total <= 1, lam, high)
         step = total.log() * total / w.sum(-1, keepdim=True)
         done = step.abs() <= noise * lam.clamp(min=1)
-        inside = (lam + step > low) & (lam + step < high)
+        inside = (lam + step >= low) & (lam + step <= high)
         lam = torch.where(inside | done, lam + step, (low + high) / 2)
         if bool(done.all()):
             break
@@ -95,11 +95,10 @@ def _bisected_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
 
 def _weights(x: Tensor, lam: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """p, w = p ** (2 - alpha) and log u; off the support 0, 0 and -inf."""
-    r = exponent(alpha)
-    log_u = torch.log1p(((alpha - 1) * (x - lam)).clamp(min=-1))
-    p = torch.exp(r * log_u)
-    w = torch.where(torch.isfinite(log_u), torch.exp((r - 1) * log_u), 0)
-    return p, w, log_u
+    u_minus_1 = ((alpha - 1) * (x - lam)).clamp(min=-1)
+    log_u = torch.log1p(u_minus_1)
+    p = torch.exp(exponent(alpha) * log_u)
+    return p, (p / (1 + u_minus_1)).masked_fill(p == 0, 0), log_u
 
 
 def _solve(x: Tensor, alpha: float | Tensor) -> Tensor:
