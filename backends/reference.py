@@ -39,7 +39,7 @@ from torch import Tensor
 from adasplash2.backends._math import exponent, tau_width
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-__all__ = ["BACKEND", "ReferenceBackend"]
+__all__ = ["BACKEND", "Dense", "ReferenceBackend", "Slice", "any_in_blocks", "weights"]
 
 # Bytes of one dense array of scores. Queries are taken in slices that keep to it; a call holds about ten such arrays.
 _SLICE_BYTES = 1 << 27
@@ -80,7 +80,7 @@ def _bisected_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
     lam = (low + high) / 2
     noise = 32 * torch.finfo(x.dtype).eps  # rounding of sum p, at most eps times the entropy of p and some
     for _ in range(_MAX_ROUNDS):
-        p, w, _ = _weights(x, lam, alpha)
+        p, w, _ = weights(x, lam, alpha)
         total = p.sum(-1, keepdim=True)
         low = torch.where(total >= 1, lam, low)
         high = torch.where(total <= 1, lam, high)
@@ -93,8 +93,8 @@ def _bisected_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
     return lam
 
 
-def _weights(x: Tensor, lam: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, w = p ** (2 - alpha) and log u; off the support 0, 0 and -inf."""
+def weights(x: Tensor, lam: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """p, w = p ** (2 - alpha) and log u at any lam; off the support 0, 0 and -inf."""
     u_minus_1 = ((alpha - 1) * (x - lam)).clamp(min=-1)
     log_u = torch.log1p(u_minus_1)
     p = torch.exp(exponent(alpha) * log_u)
@@ -134,7 +134,7 @@ def _positive(w_sum: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slice:
+class Slice:
     """The dense state of some queries, all heads; finite throughout, with the marks that say where NaN belongs."""
 
     rows: slice
@@ -146,23 +146,23 @@ class _Slice:
     poisoned: Tensor  # [batch, heads_q, m, 1], rows with a NaN or an inf among their scores
 
 
-class _Dense:
-    """A request in float64: keys and values repeated for each query head, non-finite entries set to 0 and marked."""
+class Dense:
+    """A request in one dtype: keys and values repeated for each query head, non-finite entries set to 0 and marked."""
 
-    def __init__(self, request: AttentionRequest) -> None:
+    def __init__(self, request: AttentionRequest, dtype: torch.dtype = torch.float64) -> None:
         self.request = request
-        group = request.heads_q // request.heads_kv if request.heads_kv else 1
-        self.q, self.q_bad = _finite(request.q.double())
-        self.k, self.k_bad = _finite(request.k.double().repeat_interleave(group, dim=1))
-        self.v, self.v_bad = _finite(request.v.double().repeat_interleave(group, dim=1))
+        self.group = request.heads_q // request.heads_kv if request.heads_kv else 1
+        self.q, self.q_bad = _finite(request.q.to(dtype))
+        self.k, self.k_bad = _finite(request.k.to(dtype).repeat_interleave(self.group, dim=1))
+        self.v, self.v_bad = _finite(request.v.to(dtype).repeat_interleave(self.group, dim=1))
         self.alpha: float | Tensor = request.alpha
         if request.alpha_heads is not None:
-            self.alpha = request.alpha_heads.detach().double()[:, None, None]
+            self.alpha = request.alpha_heads.detach().to(dtype)[:, None, None]
         device = self.q.device
         self.lengths_q = _lengths(request.seqlens_q, request.seqlen_q, request.batch, device)
         self.lengths_k = _lengths(request.seqlens_k, request.seqlen_k, request.batch, device)
 
-    def slices(self, multiple: int = 1) -> Iterator[_Slice]:
+    def slices(self, multiple: int = 1) -> Iterator[Slice]:
         """The queries in order, in slices of a multiple of ``multiple`` rows (the last may be shorter)."""
         request = self.request
         if 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k):
@@ -182,15 +182,19 @@ class _Dense:
             poisoned = (bad & visible).any(-1, keepdim=True)
             s = torch.where(poisoned, 0, s).masked_fill(~visible, -torch.inf)
             x, top = _shifted(s)
-            yield _Slice(rows, q, x, top, visible, ~visible.any(-1, keepdim=True), poisoned)
+            yield Slice(rows, q, x, top, visible, ~visible.any(-1, keepdim=True), poisoned)
 
-    def weights(self, part: _Slice, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def weights(self, part: Slice, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """p, w and y = -log u of a slice: 0 off the support and in empty rows, NaN at the keys of a poisoned row."""
-        p, w, log_u = _weights(part.x, lam, self.alpha)
+        p, w, log_u = weights(part.x, lam, self.alpha)
         nan = part.poisoned & part.visible
         off = (p == 0) | part.empty
         p, w, y = (t.masked_fill(off, 0).masked_fill(nan, torch.nan) for t in (p, w, -log_u))
         return p, w, y
+
+    def per_kv_head(self, t: Tensor) -> Tensor:
+        """Sums over the query heads that share a key head: (batch, heads_q, n, d) to (batch, heads_kv, n, d)."""
+        return t.unflatten(1, (self.request.heads_kv, self.group)).sum(2)
 
 
 def _finite(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,10 +210,19 @@ def _lengths(seqlens: Tensor | None, full: int, batch: int, device: torch.device
 
 
 class ReferenceBackend:
-    """Dense float64 on CPU or CUDA tensors; serves every call, in O(seqlen_q * seqlen_k) time, some slices at a time."""
+    """Serves every call on CPU or CUDA tensors, in O(seqlen_q * seqlen_k) time, some slices of queries at a time.
+
+    Args:
+        dtype: of everything in between, float64 by default. In a lower one this is plain dense evaluation, the
+            yardstick of ``adasplash2.testing``; p and ds are then rounded to the inputs' dtype before they are
+            multiplied with the inputs, as matrix units take them.
+    """
 
     name = "reference"
     features = frozenset({"alpha per head", "causal mask", "padded seqlens"})
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        self.dtype = dtype
 
     def unavailable_reason(self) -> str | None:
         return None
@@ -223,10 +236,10 @@ class ReferenceBackend:
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
         if not request.save_for_backward:
             return []
-        return [request.q.new_empty(request.q.shape[:-1], dtype=torch.float64)]
+        return [request.q.new_empty(request.q.shape[:-1], dtype=self.dtype)]
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
-        dense = _Dense(request)
+        dense = Dense(request, self.dtype)
         rows = (request.batch, request.heads_q, request.seqlen_q)
         out = dense.q.new_zeros(*rows, request.head_dim_v)
         tau = dense.q.new_full(rows, torch.inf)
@@ -234,8 +247,8 @@ class ReferenceBackend:
         for part in dense.slices():
             lam = _solve(part.x, dense.alpha)
             p, _, _ = dense.weights(part, lam)
-            bad_values = (p != 0).double() @ dense.v_bad.double() > 0
-            out[:, :, part.rows] = (p @ dense.v).masked_fill(bad_values, torch.nan)
+            bad_values = (p != 0).to(self.dtype) @ dense.v_bad.to(self.dtype) > 0
+            out[:, :, part.rows] = (self._operand(p, request) @ dense.v).masked_fill(bad_values, torch.nan)
             part_tau = (dense.alpha - 1) * (part.top + lam) - 1
             part_tau = part_tau.masked_fill(part.poisoned, torch.nan).masked_fill(part.empty, torch.inf)
             tau[:, :, part.rows] = part_tau[..., 0]
@@ -244,35 +257,32 @@ class ReferenceBackend:
         return AttentionResult(out.to(request.q.dtype), tau.to(request.tau_dtype), saved)
 
     def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
-        dense = _Dense(request)
+        dense = Dense(request, self.dtype)
         (lams,) = saved
         dq, dk, dv = torch.zeros_like(dense.q), torch.zeros_like(dense.k), torch.zeros_like(dense.v)
         dalpha = dense.q.new_zeros(request.heads_q)
         v = dense.v.masked_fill(dense.v_bad, torch.nan)
         for part in dense.slices():
             p, w, y = dense.weights(part, lams[:, :, part.rows, None])
-            part_dout = dout[:, :, part.rows].double().masked_fill(part.empty, 0)
+            part_dout = dout[:, :, part.rows].to(self.dtype).masked_fill(part.empty, 0)
             dp = (part_dout @ v.mT).masked_fill(p == 0, 0)
             ds = _score_grads(w, dp)
+            if request.alpha_heads is not None:
+                dalpha += _alpha_grads(p, w, y, dp, dense.alpha).sum((0, 2, 3))
+            p, ds = self._operand(p, request), self._operand(ds, request)
             dq[:, :, part.rows] = request.scale * (ds @ dense.k)
             dk += request.scale * (ds.mT @ part.q)
             dv += p.mT @ part_dout
-            if request.alpha_heads is not None:
-                dalpha += _alpha_grads(p, w, y, dp, dense.alpha).sum((0, 2, 3))
-        grouped = (request.batch, request.heads_kv, -1, request.seqlen_k)
-        dk = dk.view(*grouped, request.head_dim).sum(2) if dk.numel() else torch.zeros_like(request.k)
-        dv = dv.view(*grouped, request.head_dim_v).sum(2) if dv.numel() else torch.zeros_like(request.v)
         dtype = request.q.dtype
-        alpha_heads = request.alpha_heads
         return AttentionGrads(
             dq.to(dtype),
-            dk.to(dtype).contiguous(),
-            dv.to(dtype).contiguous(),
-            None if alpha_heads is None else dalpha.to(alpha_heads.dtype),
+            dense.per_kv_head(dk).to(dtype),
+            dense.per_kv_head(dv).to(dtype),
+            None if request.alpha_heads is None else dalpha.to(request.alpha_heads.dtype),
         )
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats:
-        dense = _Dense(request)
+        dense = Dense(request, self.dtype)
         blocks_m, blocks_n = -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n)
         rows = (request.batch, request.heads_q)
         tau = self.forward(request).tau
@@ -283,10 +293,10 @@ class ReferenceBackend:
             p, _, _ = dense.weights(part, _solve(part.x, dense.alpha))
             size[:, :, part.rows] = (p > 0).sum(-1, dtype=torch.int32)
             first = part.rows.start // block_m
-            blocks = _any_in_blocks(p > 0, block_m, block_n)
+            blocks = any_in_blocks(p > 0, block_m, block_n)
             block_map[:, :, first : first + blocks.shape[2]] = blocks
             pairs += int(part.visible.sum()) * request.heads_q
-            visible_blocks += int(_any_in_blocks(part.visible, block_m, block_n).sum()) * request.heads_q
+            visible_blocks += int(any_in_blocks(part.visible, block_m, block_n).sum()) * request.heads_q
         return SupportStats(
             tau,
             size,
@@ -298,31 +308,35 @@ class ReferenceBackend:
         )
 
     def entmax(self, request: EntmaxRequest) -> Tensor:
-        s = request.x.double()
+        s = request.x.to(self.dtype)
         if s.numel() == 0:
             return torch.empty_like(request.x, memory_format=torch.contiguous_format)
         bad = (s.isnan() | (s == torch.inf)).any(-1, keepdim=True) | (s == -torch.inf).all(-1, keepdim=True)
-        alpha = request.alpha if request.alpha_rows is None else request.alpha_rows.double()[:, None]
+        alpha = request.alpha if request.alpha_rows is None else request.alpha_rows.to(self.dtype)[:, None]
         x, _ = _shifted(s.masked_fill(bad, 0))
-        p, _, _ = _weights(x, _solve(x, alpha), alpha)
+        p, _, _ = weights(x, _solve(x, alpha), alpha)
         return p.masked_fill(bad, torch.nan).to(request.x.dtype)
 
     def entmax_backward(
         self, p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        used_alpha = alpha if alpha_rows is None else alpha_rows.double()[:, None]
-        p64 = p.double()
-        off = p64 == 0
-        y = ((1 - used_alpha) * p64.log()).masked_fill(off, 0)
-        w = (p64 * torch.exp(y)).masked_fill(off, 0)
-        dp64 = dp.double().masked_fill(off, 0)
-        dx = _score_grads(w, dp64).to(p.dtype)
+        used_alpha = alpha if alpha_rows is None else alpha_rows.to(self.dtype)[:, None]
+        p_in, p = p, p.to(self.dtype)
+        off = p == 0
+        y = ((1 - used_alpha) * p.log()).masked_fill(off, 0)
+        w = (p * torch.exp(y)).masked_fill(off, 0)
+        dp = dp.to(self.dtype).masked_fill(off, 0)
+        dx = _score_grads(w, dp).to(p_in.dtype)
         if alpha_rows is None:
             return dx, None
-        return dx, _alpha_grads(p64, w, y, dp64, used_alpha)[:, 0].to(alpha_rows.dtype)
+        return dx, _alpha_grads(p, w, y, dp, used_alpha)[:, 0].to(alpha_rows.dtype)
+
+    def _operand(self, t: Tensor, request: AttentionRequest) -> Tensor:
+        """p or ds as a factor of a product: rounded to the inputs' dtype unless everything is exact."""
+        return t if self.dtype == torch.float64 else t.to(request.q.dtype).to(self.dtype)
 
 
-def _any_in_blocks(mask: Tensor, block_m: int, block_n: int) -> Tensor:
+def any_in_blocks(mask: Tensor, block_m: int, block_n: int) -> Tensor:
     """Whether any entry of each (block_m, block_n) block of the last two dimensions is True."""
     rows, columns = mask.shape[-2:]
     padded = torch.nn.functional.pad(mask, (0, -columns % block_n, 0, -rows % block_m))
