@@ -39,7 +39,7 @@ from torch import Tensor
 from adasplash2.backends._math import exponent, tau_width
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-__all__ = ["BACKEND", "Dense", "ReferenceBackend", "Slice", "any_in_blocks", "weights"]
+__all__ = ["BACKEND", "Dense", "ReferenceBackend", "Slice", "any_in_blocks", "find_lam", "relative_scores", "weights"]
 
 # Bytes of one dense array of scores. Queries are taken in slices that keep to it; a call holds about ten such arrays.
 _SLICE_BYTES = 1 << 27
@@ -49,7 +49,7 @@ _MAX_ROUNDS = 100
 
 
 def _sorted_lam(x: Tensor, alpha: float) -> Tensor:
-    """lam by sorting, for alpha 1.5 or 2; x (..., n) with maximum 0, -inf where there is no key. Returns (..., 1)."""
+    """lam by sorting, for alpha 1.5 or 2."""
     z = ((alpha - 1) * x).clamp(min=-1)  # tau >= -1, so nothing below can be in the support
     ordered = z.sort(dim=-1, descending=True).values
     count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
@@ -101,13 +101,14 @@ def weights(x: Tensor, lam: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tens
     return p, (p / (1 + u_minus_1)).masked_fill(p == 0, 0), log_u
 
 
-def _solve(x: Tensor, alpha: float | Tensor) -> Tensor:
+def find_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
+    """lam (..., 1) for relative scores x (..., n), -inf where there is no key, with maximum 0 in each row."""
     if not isinstance(alpha, Tensor) and alpha in (1.5, 2):
         return _sorted_lam(x, alpha)
     return _bisected_lam(x, alpha)
 
 
-def _shifted(s: Tensor) -> tuple[Tensor, Tensor]:
+def relative_scores(s: Tensor) -> tuple[Tensor, Tensor]:
     """Scores relative to the row maximum, and the maximum; a row of -inf alone becomes a row of zeros (maximum 0)."""
     top = s.amax(-1, keepdim=True)
     empty = top == -torch.inf
@@ -181,7 +182,7 @@ class Dense:
             bad = self.q_bad[:, :, rows].any(-1, keepdim=True) | self.k_bad.any(-1)[:, :, None] | ~torch.isfinite(s)
             poisoned = (bad & visible).any(-1, keepdim=True)
             s = torch.where(poisoned, 0, s).masked_fill(~visible, -torch.inf)
-            x, top = _shifted(s)
+            x, top = relative_scores(s)
             yield Slice(rows, q, x, top, visible, ~visible.any(-1, keepdim=True), poisoned)
 
     def weights(self, part: Slice, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -245,7 +246,7 @@ class ReferenceBackend:
         tau = dense.q.new_full(rows, torch.inf)
         lams = dense.q.new_zeros(rows)
         for part in dense.slices():
-            lam = _solve(part.x, dense.alpha)
+            lam = find_lam(part.x, dense.alpha)
             p, _, _ = dense.weights(part, lam)
             bad_values = (p != 0).to(self.dtype) @ dense.v_bad.to(self.dtype) > 0
             out[:, :, part.rows] = (self._operand(p, request) @ dense.v).masked_fill(bad_values, torch.nan)
@@ -290,7 +291,7 @@ class ReferenceBackend:
         block_map = torch.zeros(*rows, blocks_m, blocks_n, dtype=torch.bool, device=dense.q.device)
         pairs, visible_blocks = 0, 0
         for part in dense.slices(multiple=block_m):
-            p, _, _ = dense.weights(part, _solve(part.x, dense.alpha))
+            p, _, _ = dense.weights(part, find_lam(part.x, dense.alpha))
             size[:, :, part.rows] = (p > 0).sum(-1, dtype=torch.int32)
             first = part.rows.start // block_m
             blocks = any_in_blocks(p > 0, block_m, block_n)
@@ -313,8 +314,8 @@ class ReferenceBackend:
             return torch.empty_like(request.x, memory_format=torch.contiguous_format)
         bad = (s.isnan() | (s == torch.inf)).any(-1, keepdim=True) | (s == -torch.inf).all(-1, keepdim=True)
         alpha = request.alpha if request.alpha_rows is None else request.alpha_rows.to(self.dtype)[:, None]
-        x, _ = _shifted(s.masked_fill(bad, 0))
-        p, _, _ = weights(x, _solve(x, alpha), alpha)
+        x, _ = relative_scores(s.masked_fill(bad, 0))
+        p, _, _ = weights(x, find_lam(x, alpha), alpha)
         return p.masked_fill(bad, torch.nan).to(request.x.dtype)
 
     def entmax_backward(
