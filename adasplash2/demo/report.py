@@ -1,0 +1,217 @@
+"""What the demo shows at its end: two tables and a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch import Tensor
+
+from adasplash2.contract import SupportStats
+from adasplash2.demo.model import Transformer, capture_qkv
+from adasplash2.demo.train import Learner
+
+__all__ = ["Results", "attention_weights", "draw", "loss_table", "support_table"]
+
+_COLORS = ("#c2410c", "#1d4ed8")
+
+
+@dataclass
+class Results:
+    """Everything that the tables and the picture are made of.
+
+    Attributes:
+        learners: entmax and softmax.
+        alpha: of the entmax attention.
+        bytes_per_token: of the held-out text.
+        held_out: loss of each learner on text that it did not see, nats per token.
+        zeros: pairs of a step and the share of zeros among the visible entmax weights after it.
+        support: of each layer of the entmax model after training, on one held-out sequence.
+        labels: the first tokens of that sequence.
+        weights: of each learner on these tokens: (layers, heads, len(labels), len(labels)) float32.
+    """
+
+    learners: Sequence[Learner]
+    alpha: float
+    bytes_per_token: float
+    held_out: Sequence[float]
+    support: Sequence[SupportStats]
+    labels: Sequence[str]
+    weights: Sequence[Tensor]
+    zeros: Sequence[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def keys_per_head(self) -> Tensor:
+        """Mean number of keys with a weight above zero: (layers, heads) float32."""
+        return torch.stack([stats.size.float().mean(dim=(0, 2)) for stats in self.support])
+
+    @property
+    def visible_keys(self) -> float:
+        """Mean number of keys that a query may see, which softmax weights all."""
+        return (self.support[0].size.shape[-1] + 1) / 2
+
+
+@torch.no_grad()
+def attention_weights(model: Transformer, tokens: Tensor) -> Tensor:
+    """All attention weights on a short text: attention to values that are the rows of the identity.
+
+    Args:
+        model: with any attention.
+        tokens: (n,) int64.
+
+    Returns:
+        (layers, heads, n, n) float32, a row for each query.
+    """
+    layers = []
+    for q, k, _ in capture_qkv(model, tokens[None]):
+        values = torch.eye(len(tokens)).expand(*q.shape[:2], -1, -1)
+        layers.append(model.attend(q, k, values)[0])
+    return torch.stack(layers)
+
+
+def loss_table(results: Results) -> Table:
+    """Loss and time of each learner."""
+    table = Table(title="Same start, same batches", title_justify="left")
+    table.add_column()
+    table.add_column("held-out loss\n(nats/token)", justify="right")
+    table.add_column("(bits/byte)", justify="right", vertical="bottom")
+    table.add_column("tokens/s", justify="right", vertical="bottom")
+    table.add_column("training\n(s)", justify="right")
+    table.add_column("of it in\nattention (s)", justify="right")
+    for learner, loss in zip(results.learners, results.held_out, strict=True):
+        share = learner.attention.seconds / learner.seconds
+        table.add_row(
+            learner.name,
+            f"{loss:.3f}",
+            f"{loss / math.log(2) / results.bytes_per_token:.3f}",
+            f"{learner.tokens_per_second:,.0f}",
+            f"{learner.seconds:.1f}",
+            f"{learner.attention.seconds:.1f} ({share:.0%})",
+        )
+    return table
+
+
+def support_table(results: Results) -> Table:
+    """Mean support size per layer and head."""
+    keys = results.keys_per_head
+    table = Table(
+        title=f"Keys with a weight above zero, per query (softmax: all {results.visible_keys:.1f} that it sees)",
+        title_justify="left",
+    )
+    table.add_column()
+    for head in range(keys.shape[1]):
+        table.add_column(f"head {head}", justify="right")
+    table.add_column("zeros", justify="right")
+    table.add_column(f"empty {results.support[0].block_m} x {results.support[0].block_n} blocks", justify="right")
+    for layer, (row, stats) in enumerate(zip(keys.tolist(), results.support, strict=True)):
+        table.add_row(
+            f"layer {layer}",
+            *(f"{size:.1f}" for size in row),
+            f"{1 - stats.element_density:.1%}",
+            f"{1 - stats.block_density:.1%}",
+        )
+    return table
+
+
+def draw(results: Results, path: Path) -> None:
+    """Writes the picture: losses, zeros, support sizes; attention maps of real text and a block map."""
+    figure = Figure(figsize=(17, 11), layout="constrained")
+    (top_left, top_mid, top_right), (entmax_map, softmax_map, block_map) = figure.subplots(2, 3)
+    figure.suptitle(f"Two small transformers on the source of Python's standard library: α = {results.alpha:g} entmax and softmax")
+    _draw_losses(top_left, results)
+    _draw_zeros(top_mid, results)
+    _draw_support(top_right, results)
+    layer, head = _most_telling_head(results)
+    entmax, softmax = results.weights
+    alike = torch.minimum(softmax, entmax[layer, head]).sum(dim=(-1, -2))
+    other = divmod(int(alike.argmax()), alike.shape[1])
+    _draw_map(entmax_map, f"entmax: layer {layer}, head {head}", entmax[layer, head], results.labels)
+    _draw_map(softmax_map, f"softmax: its head most alike (layer {other[0]}, head {other[1]})", softmax[other], results.labels)
+    _draw_blocks(block_map, layer, head, results.support[layer])
+    figure.savefig(path, dpi=110)
+
+
+def _most_telling_head(results: Results) -> tuple[int, int]:
+    sizes = results.keys_per_head
+    return divmod(int((sizes - sizes.median()).abs().argmin()), sizes.shape[1])
+
+
+def _draw_losses(axes: Axes, results: Results) -> None:
+    for learner, color, held_out in zip(results.learners, _COLORS, results.held_out, strict=True):
+        losses = torch.tensor(learner.losses)
+        steps = range(1, len(losses) + 1)
+        axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
+        axes.plot(steps, _smooth(losses), color=color, label=f"{learner.name} ({held_out:.3f} on held-out text)")
+    axes.set(title="training loss", xlabel="step", ylabel="nats per token")
+    axes.legend()
+    axes.grid(alpha=0.3)
+
+
+def _smooth(losses: Tensor, half_life: float = 5.0) -> list[float]:
+    keep = 0.5 ** (1 / half_life)
+    smooth, total, weight = [], 0.0, 0.0
+    for loss in losses.tolist():
+        total, weight = keep * total + loss, keep * weight + 1
+        smooth.append(total / weight)
+    return smooth
+
+
+def _draw_zeros(axes: Axes, results: Results) -> None:
+    steps, zeros = zip(*results.zeros, strict=True)
+    axes.plot(steps, [100 * share for share in zeros], color=_COLORS[0], marker=".")
+    axes.set(title="exact zeros among the entmax weights", xlabel="step", ylabel="% of the visible pairs", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+
+
+def _draw_support(axes: Axes, results: Results) -> None:
+    sizes = results.keys_per_head
+    layers, heads = sizes.shape
+    for head in range(heads):
+        offset = (head - (heads - 1) / 2) * 0.8 / heads
+        positions = [layer + offset for layer in range(layers)]
+        axes.bar(positions, sizes[:, head].tolist(), width=0.7 / heads, color=_COLORS[0], alpha=0.55 + 0.45 * head / heads)
+    axes.axhline(results.visible_keys, color=_COLORS[1], label="softmax: every visible key")
+    axes.set(
+        title="support: keys with a weight above zero",
+        xlabel="layer (a bar for each head)",
+        ylabel="mean keys per query",
+        yscale="log",
+        xticks=range(layers),
+    )
+    axes.legend()
+    axes.grid(alpha=0.3, axis="y")
+
+
+def _draw_map(axes: Axes, title: str, weights: Tensor, labels: Sequence[str]) -> None:
+    visible = torch.ones_like(weights, dtype=torch.bool).tril()
+    zeros = (weights[visible] == 0).float().mean().item()
+    # Masked entries, the exact zeros, stay white; every other weight has a colour, however small it is.
+    shown = torch.where(weights > 0, weights, torch.nan)
+    axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-4, 1, clip=True))
+    axes.fill_between([-0.5, len(labels) - 0.5], -0.5, [-0.5, len(labels) - 0.5], color="0.9", linewidth=0)
+    ticks = range(len(labels))
+    style = {"fontsize": 7, "family": "monospace"}
+    axes.set_xticks(ticks, labels, rotation=90, **style)
+    axes.set_yticks(ticks, labels, **style)
+    axes.set(title=f"{title}\n{zeros:.0%} of the visible weights are zero (white)", xlabel="key", ylabel="query")
+
+
+def _draw_blocks(axes: Axes, layer: int, head: int, stats: SupportStats) -> None:
+    blocks = stats.block_map[0, head]
+    share = blocks.sum().item() / torch.ones_like(blocks).tril().sum().item()
+    seqlen = stats.size.shape[-1]
+    axes.imshow(~blocks, cmap="gray", vmin=-0.6, extent=(0, seqlen, seqlen, 0))
+    axes.fill_between([0, seqlen], 0, [0, seqlen], color="0.9", linewidth=0)
+    axes.set(
+        title=f"entmax: layer {layer}, head {head}, the whole sequence in {stats.block_m} x {stats.block_n} blocks\n"
+        f"{share:.0%} of the visible blocks hold a weight above zero (dark)",
+        xlabel="key",
+        ylabel="query",
+    )
