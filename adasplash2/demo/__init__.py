@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=140.0,
         help="end training after this time even if steps are left (default: %(default)s)",
     )
-    parser.add_argument("--out", type=_picture, default=Path("demo.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=_picture, default=Path("demo.png"), help="picture to write (default: %(default)s)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,9 +120,7 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
     )
     with progress, _interruptible() as interrupted:
         task = progress.add_task("training", total=args.steps, state="")
-        for step in train(
-            learners, corpus, steps=args.steps, seqlen=args.seqlen, seed=args.seed, seconds=args.seconds
-        ):
+        for step in train(learners, corpus, steps=args.steps, seqlen=args.seqlen, seed=args.seed, seconds=args.seconds):
             if step % _STEPS_BETWEEN_MEASUREMENTS == 0:
                 measure_zeros(step)
             state = "  ".join(

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
+from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
+from torch.nn import functional as F
 
 from adasplash2.contract import SupportStats
 from adasplash2.demo.model import Transformer, capture_qkv
@@ -122,69 +123,65 @@ def support_table(results: Results) -> Table:
 
 def draw(results: Results, path: Path) -> None:
     """Writes the picture: losses, zeros, support sizes; attention maps of real text and a block map."""
-    figure = Figure(figsize=(17, 11), layout="constrained")
-    (top_left, top_mid, top_right), (entmax_map, softmax_map, block_map) = figure.subplots(2, 3)
-    figure.suptitle(f"Two small transformers on the source of Python's standard library: α = {results.alpha:g} entmax and softmax")
-    _draw_losses(top_left, results)
-    _draw_zeros(top_mid, results)
-    _draw_support(top_right, results)
-    layer, head = _most_telling_head(results)
+    figure = Figure(figsize=(17, 11.5), layout="constrained")
+    (losses, zeros, support), (entmax_map, softmax_map, blocks) = figure.subplots(2, 3)
+    figure.suptitle(
+        "Two small transformers on the source of Python's standard library, which differ in their attention alone: "
+        f"α-entmax with α = {results.alpha:g}, and softmax"
+    )
+    _draw_losses(losses, results)
+    _draw_zeros(zeros, results)
+    _draw_support(support, results)
+
+    layer, head = _median_head(results.keys_per_head)
     entmax, softmax = results.weights
-    alike = torch.minimum(softmax, entmax[layer, head]).sum(dim=(-1, -2))
-    other = divmod(int(alike.argmax()), alike.shape[1])
+    overlap = torch.minimum(softmax, entmax[layer, head]).sum(dim=(-1, -2))
+    alike = divmod(int(overlap.argmax()), overlap.shape[1])
     _draw_map(entmax_map, f"entmax: layer {layer}, head {head}", entmax[layer, head], results.labels)
-    _draw_map(softmax_map, f"softmax: its head most alike (layer {other[0]}, head {other[1]})", softmax[other], results.labels)
-    _draw_blocks(block_map, layer, head, results.support[layer])
-    figure.savefig(path, dpi=110)
+    _draw_map(
+        softmax_map, f"softmax: its head most alike (layer {alike[0]}, head {alike[1]})", softmax[alike], results.labels
+    )
+    _draw_blocks(blocks, results.support[layer], head)
+    figure.savefig(path, dpi=100)
 
 
-def _most_telling_head(results: Results) -> tuple[int, int]:
-    sizes = results.keys_per_head
-    return divmod(int((sizes - sizes.median()).abs().argmin()), sizes.shape[1])
+def _median_head(keys: Tensor) -> tuple[int, int]:
+    """The layer and head whose support size is the median of all: neither the best nor the worst case is shown."""
+    return divmod(int((keys - keys.median()).abs().argmin()), keys.shape[1])
 
 
 def _draw_losses(axes: Axes, results: Results) -> None:
     for learner, color, held_out in zip(results.learners, _COLORS, results.held_out, strict=True):
         losses = torch.tensor(learner.losses)
+        mean = F.avg_pool1d(losses[None], 9, stride=1, padding=4, count_include_pad=False)[0]
         steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=color, alpha=0.2, linewidth=0.8)
-        axes.plot(steps, _smooth(losses), color=color, label=f"{learner.name} ({held_out:.3f} on held-out text)")
-    axes.set(title="training loss", xlabel="step", ylabel="nats per token")
+        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, mean, color=color, label=f"{learner.name} ({held_out:.3f} on held-out text)")
+    axes.set(title="training loss, and its mean over 9 steps", xlabel="step", ylabel="nats per token")
     axes.legend()
     axes.grid(alpha=0.3)
-
-
-def _smooth(losses: Tensor, half_life: float = 5.0) -> list[float]:
-    keep = 0.5 ** (1 / half_life)
-    smooth, total, weight = [], 0.0, 0.0
-    for loss in losses.tolist():
-        total, weight = keep * total + loss, keep * weight + 1
-        smooth.append(total / weight)
-    return smooth
 
 
 def _draw_zeros(axes: Axes, results: Results) -> None:
     steps, zeros = zip(*results.zeros, strict=True)
     axes.plot(steps, [100 * share for share in zeros], color=_COLORS[0], marker=".")
-    axes.set(title="exact zeros among the entmax weights", xlabel="step", ylabel="% of the visible pairs", ylim=(0, 100))
+    axes.set(title="exact zeros among the entmax weights", xlabel="step", ylabel="% of the visible pairs")
+    axes.set_ylim(0, 100)
     axes.grid(alpha=0.3)
 
 
 def _draw_support(axes: Axes, results: Results) -> None:
-    sizes = results.keys_per_head
-    layers, heads = sizes.shape
+    keys = results.keys_per_head
+    layers, heads = keys.shape
+    width = 0.8 / heads
     for head in range(heads):
-        offset = (head - (heads - 1) / 2) * 0.8 / heads
+        offset = (head - (heads - 1) / 2) * width
         positions = [layer + offset for layer in range(layers)]
-        axes.bar(positions, sizes[:, head].tolist(), width=0.7 / heads, color=_COLORS[0], alpha=0.55 + 0.45 * head / heads)
-    axes.axhline(results.visible_keys, color=_COLORS[1], label="softmax: every visible key")
-    axes.set(
-        title="support: keys with a weight above zero",
-        xlabel="layer (a bar for each head)",
-        ylabel="mean keys per query",
-        yscale="log",
-        xticks=range(layers),
-    )
+        axes.bar(positions, keys[:, head].tolist(), width=0.9 * width, color=_COLORS[0])
+    axes.axhline(results.visible_keys, color=_COLORS[1], label="softmax: every key that is visible")
+    axes.set(title="support: keys with a weight above zero", xlabel="layer (a bar for each head)")
+    axes.set(ylabel="mean keys per query", yscale="log", xticks=range(layers))
+    axes.set_ylim(bottom=1)
     axes.legend()
     axes.grid(alpha=0.3, axis="y")
 
@@ -192,26 +189,33 @@ def _draw_support(axes: Axes, results: Results) -> None:
 def _draw_map(axes: Axes, title: str, weights: Tensor, labels: Sequence[str]) -> None:
     visible = torch.ones_like(weights, dtype=torch.bool).tril()
     zeros = (weights[visible] == 0).float().mean().item()
-    # Masked entries, the exact zeros, stay white; every other weight has a colour, however small it is.
-    shown = torch.where(weights > 0, weights, torch.nan)
-    axes.imshow(shown, cmap="viridis_r", norm=LogNorm(1e-4, 1, clip=True))
-    axes.fill_between([-0.5, len(labels) - 0.5], -0.5, [-0.5, len(labels) - 0.5], color="0.9", linewidth=0)
-    ticks = range(len(labels))
-    style = {"fontsize": 7, "family": "monospace"}
-    axes.set_xticks(ticks, labels, rotation=90, **style)
-    axes.set_yticks(ticks, labels, **style)
-    axes.set(title=f"{title}\n{zeros:.0%} of the visible weights are zero (white)", xlabel="key", ylabel="query")
+    _shade_invisible(axes, visible)
+    # Exact zeros are left out and stay white; every other weight has a colour, however small it is.
+    image = axes.imshow(
+        torch.where(weights > 0, weights, torch.nan), cmap="viridis_r", norm=LogNorm(1e-3, 1, clip=True)
+    )
+    colors = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
+    colors.ax.tick_params(labelsize=7)
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
+    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
+    axes.set(title=f"{title}\n{zeros:.0%} of these weights are zero (white)", xlabel="key", ylabel="query")
 
 
-def _draw_blocks(axes: Axes, layer: int, head: int, stats: SupportStats) -> None:
+def _draw_blocks(axes: Axes, stats: SupportStats, head: int) -> None:
     blocks = stats.block_map[0, head]
-    share = blocks.sum().item() / torch.ones_like(blocks).tril().sum().item()
+    visible = torch.ones_like(blocks).tril()
+    share = blocks.sum().item() / visible.sum().item()
     seqlen = stats.size.shape[-1]
-    axes.imshow(~blocks, cmap="gray", vmin=-0.6, extent=(0, seqlen, seqlen, 0))
-    axes.fill_between([0, seqlen], 0, [0, seqlen], color="0.9", linewidth=0)
+    extent = (0.0, float(seqlen), float(seqlen), 0.0)
+    _shade_invisible(axes, visible, extent)
+    axes.imshow(torch.where(blocks, 1.0, torch.nan), cmap=ListedColormap([_COLORS[0]]), extent=extent)
     axes.set(
-        title=f"entmax: layer {layer}, head {head}, the whole sequence in {stats.block_m} x {stats.block_n} blocks\n"
-        f"{share:.0%} of the visible blocks hold a weight above zero (dark)",
+        title=f"entmax: the same head, a whole sequence, {stats.block_m} x {stats.block_n} blocks\n"
+        f"{1 - share:.0%} of the visible blocks hold zeros alone (white)",
         xlabel="key",
         ylabel="query",
     )
+
+
+def _shade_invisible(axes: Axes, visible: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
+    axes.imshow(torch.where(visible, torch.nan, 1.0), cmap=ListedColormap(["0.9"]), extent=extent)

@@ -30,6 +30,7 @@ class TimedAttend:
         self.seconds = 0.0
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The attention's result; the clock runs meanwhile, and again in backward."""
         start = perf_counter()
         out = self.attend(q, k, v)
         self.seconds += perf_counter() - start
@@ -143,7 +144,7 @@ def held_out_loss(model: Transformer, corpus: Corpus, *, seqlen: int, windows: i
     return torch.stack(losses).mean().item()
 
 
-def support_per_layer(model: Transformer, tokens: Tensor, alpha: float, block: int = 32) -> list[SupportStats]:
+def support_per_layer(model: Transformer, tokens: Tensor, alpha: float, block: int = 16) -> list[SupportStats]:
     """Where each layer's entmax attention is not zero.
 
     Args:
