@@ -54,12 +54,13 @@ from adasplash2.backends.reference import (
     relative_scores,
     weights,
 )
-from adasplash2.contract import AttentionRequest, EntmaxRequest, SupportStats
+from adasplash2.contract import AttentionRequest, Backend, EntmaxRequest, SupportStats
 
 __all__ = [
     "INPUT_KINDS",
     "Inputs",
     "Truth",
+    "assert_attention",
     "assert_close",
     "assert_pair_close",
     "assert_support",
@@ -67,6 +68,7 @@ __all__ = [
     "entmax_backward_truth",
     "entmax_truth",
     "make_inputs",
+    "run_attention",
 ]
 
 # A sum of head_dim products has an error of eps / 2 per rounding of its partial sums, about eps * sum |q_c k_c| for
@@ -370,6 +372,40 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
         excess = excess * (g.abs() * (p64 + _ratio(w, w_sum, torch.ones_like(w)))).sum(-1, keepdim=True)
         truth.add("dalpha", dalpha, bound[:, 0], 2 * excess[:, 0], scale[:, 0])
     return truth
+
+
+def run_attention(backend: Backend, request: AttentionRequest, dout: Tensor | None = None) -> dict[str, Tensor]:
+    """All results of a backend for one call, under the names that ``Truth`` has for them.
+
+    Raises:
+        AssertionError: if what forward saved is not what ``saved_like`` announces.
+    """
+    request = replace(request, save_for_backward=dout is not None)
+    result = backend.forward(request)
+    saved_like = backend.saved_like(request)
+    for kind in (lambda t: tuple(t.shape), lambda t: t.dtype, lambda t: t.device):
+        saved, announced = [kind(t) for t in result.saved], [kind(t) for t in saved_like]
+        assert saved == announced, f"{backend.name}: forward saved {saved}, saved_like announces {announced}"
+    results = {"out": result.out, "tau": result.tau}
+    if dout is not None:
+        grads = backend.backward(request, result.tau, result.saved, dout)
+        results |= {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
+        if grads.dalpha_heads is not None:
+            results["dalpha"] = grads.dalpha_heads
+    return results
+
+
+def assert_attention(backend: Backend, request: AttentionRequest, dout: Tensor | None = None) -> None:
+    """Assert that a backend's results for one call are right: out and tau, and with ``dout`` the gradients.
+
+    Raises:
+        AssertionError: as ``assert_close``, on the first quantity that is wrong.
+    """
+    truth = attention_truth(request, dout)
+    results = run_attention(backend, request, dout)
+    assert results.keys() == truth.values.keys(), f"{backend.name} returned {[*results]}, expected {[*truth.values]}"
+    for quantity, actual in results.items():
+        assert_close(actual, truth, quantity, backend.name)
 
 
 def assert_close(actual: Tensor, truth: Truth, quantity: str, label: str = "") -> None:

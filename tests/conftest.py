@@ -1,0 +1,80 @@
+"""Which backends the tests run on, Hypothesis profiles, and uninitialised memory that shows itself.
+
+``--backend NAME`` (again for more) restricts the tests to these backends; ``--require-backend NAME`` turns "this machine
+cannot run it" from a skip into a failure. Hypothesis takes ``--hypothesis-profile`` dev (the default), ci or nightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from adasplash2 import registry
+from adasplash2.contract import Backend
+
+_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dev", max_examples=10, **_COMMON)
+settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
+settings.register_profile("nightly", max_examples=1000, **_COMMON)
+settings.load_profile("dev")
+
+
+class Target(NamedTuple):
+    """A backend under test, and the device that it is tried on."""
+
+    name: str
+    backend: Backend
+    device: torch.device
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("adasplash2")
+    group.addoption("--backend", action="append", metavar="NAME", help="test this backend only; may be repeated")
+    group.addoption(
+        "--require-backend", action="append", metavar="NAME", default=[], help="fail if this backend cannot run here"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "slow: more than some seconds; leave out with -m 'not slow'")
+    for name in (config.getoption("--backend") or []) + config.getoption("--require-backend"):
+        if name not in registry.names():
+            raise pytest.UsageError(f"unknown backend {name!r}: expected one of {', '.join(registry.names())}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "target" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--backend") or registry.names()
+        metafunc.parametrize("target", chosen, indirect=True, scope="session")
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest) -> Target:
+    candidate = registry.find(request.param)
+    if isinstance(candidate.backend, str):
+        if request.param in request.config.getoption("--require-backend"):
+            pytest.fail(f"backend {request.param} is required, but: {candidate.backend}")
+        pytest.skip(candidate.backend)
+    device = candidate.devices[0] if candidate.devices else "cpu"
+    return Target(request.param, candidate.backend, torch.device(device))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needing_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if needing_gpu and not torch.cuda.is_available():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_allocations() -> Iterator[None]:
+    """torch.empty and its kin give NaN (integers: their largest value), so that what is never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(False)

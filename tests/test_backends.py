@@ -1,0 +1,158 @@
+"""Every registered backend against the float64 reference, and against each other, as it is shipped."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import DTYPES, Case, EntmaxCase, cases, entmax_cases
+
+import adasplash2
+from adasplash2 import registry
+from adasplash2.contract import EntmaxRequest
+from adasplash2.testing import (
+    INPUT_KINDS,
+    MAX_UNRESOLVED,
+    assert_attention,
+    assert_close,
+    assert_pair_close,
+    assert_support,
+    attention_truth,
+    entmax_backward_truth,
+    entmax_truth,
+    run_attention,
+)
+
+ALPHAS = (1.5, 2.0, 1.1, 1.75)
+
+
+@given(case=cases())
+@example(case=Case(seqlen_q=0, seqlen_k=5))
+@example(case=Case(seqlen_q=5, seqlen_k=0))
+@example(case=Case(seqlen_q=1, seqlen_k=1, head_dim=1, head_dim_v=1))
+@example(case=Case(seqlen_q=130, seqlen_k=70, is_causal=True, alpha=(1.5, 1.2), group=2))
+@example(case=Case(batch=3, seqlen_q=40, seqlen_k=70, is_causal=True, seqlens_q=(40, 0, 33), seqlens_k=(0, 70, 20)))
+def test_attention(target, case):
+    request, dout = case.build(target.device)
+    assert_attention(registry.resolve(request, target.name), request, dout)
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_kind_of_input(target, dtype, kind, alpha):
+    case = Case(257, 300, head_dim=64, head_dim_v=64, dtype=dtype, kind=kind, alpha=alpha, is_causal=True)
+    request, dout = case.build(target.device)
+    assert_attention(registry.resolve(request, target.name), request, dout)
+
+
+@pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, 4100])
+@pytest.mark.parametrize("kind", ["iid", "narrow", "topics"])
+def test_many_keys(target, kind, seqlen_k):
+    case = Case(70, seqlen_k, head_dim=64, head_dim_v=40, kind=kind, is_causal=True, group=2)
+    request, dout = case.build(target.device)
+    assert_attention(registry.resolve(request, target.name), request, dout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", itertools.combinations(registry.names(), 2), ids="-".join)
+def test_backends_agree(names, dtype):
+    found = [registry.find(name) for name in names]
+    for candidate in found:
+        if isinstance(candidate.backend, str):
+            pytest.skip(candidate.backend)
+    device = next((device for candidate in found for device in candidate.devices if device != "cpu"), "cpu")
+    case = Case(
+        150, 190, batch=2, group=2, head_dim=80, head_dim_v=64, dtype=dtype, kind="wide", is_causal=True, alpha=(1.5, 1.3)
+    )
+    request, dout = case.build(torch.device(device))
+    try:
+        first, second = (run_attention(registry.resolve(request, name), request, dout) for name in names)
+    except adasplash2.UnsupportedError as reasons:
+        pytest.skip(str(reasons))
+    truth = attention_truth(request, dout)
+    for quantity, result in first.items():
+        assert_pair_close(result, second[quantity], truth, quantity, " against ".join(names))
+
+
+@given(case=cases(head_dim_v=1), blocks=st.sampled_from(((64, 64), (1, 1000), (48, 7), (128, 64))))
+@example(case=Case(seqlen_q=100, seqlen_k=0), blocks=(64, 64))
+@example(
+    case=Case(seqlen_q=100, seqlen_k=60, is_causal=True, batch=2, seqlens_q=(100, 30), seqlens_k=(0, 60)),
+    blocks=(16, 32),
+)
+def test_support(target, case, blocks):
+    request, _ = case.build(target.device)
+    stats = registry.resolve(request, target.name).support(request, *blocks)
+    assert (stats.block_m, stats.block_n) == blocks
+    assert_support(stats, request, target.name)
+
+
+@given(case=entmax_cases())
+@example(case=EntmaxCase(rows=0, n=3))
+@example(case=EntmaxCase(rows=3, n=1))
+def test_entmax(target, case):
+    request, _ = case.build(target.device)
+    p = registry.resolve(request, target.name).entmax(request)
+    assert p.is_contiguous()
+    assert_close(p, entmax_truth(request), "p", target.name)
+
+
+@given(case=entmax_cases())
+@example(case=EntmaxCase(rows=0, n=3, alpha=None))
+@example(case=EntmaxCase(rows=3, n=1, alpha=None))
+def test_entmax_backward(target, case):
+    request, dp = case.build(target.device)
+    backend = registry.resolve(request, target.name)
+    p = backend.entmax(request)
+    dx, dalpha = backend.entmax_backward(p, dp, request.alpha, request.alpha_rows)
+    truth = entmax_backward_truth(p, dp, request.alpha, request.alpha_rows)
+    assert_close(dx, truth, "dx", target.name)
+    assert (dalpha is None) == (request.alpha_rows is None)
+    if dalpha is not None:
+        assert_close(dalpha, truth, "dalpha", target.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_through_the_front(target, dtype):
+    case = Case(60, 90, batch=2, group=2, head_dim=40, head_dim_v=24, dtype=dtype, alpha=(1.5, 1.25), is_causal=True)
+    request, dout = case.build(target.device)
+    leaves = [t.clone().requires_grad_() for t in (request.q, request.k, request.v, request.alpha_heads)]
+    q, k, v, alpha = leaves
+    out, tau = adasplash2.attention(
+        q, k, v, alpha=alpha, is_causal=True, scale=request.scale, backend=target.name, return_tau=True
+    )
+    out.backward(dout)
+    truth = attention_truth(request, dout)
+    results = (out, tau, *(leaf.grad for leaf in leaves))
+    for quantity, actual in zip(("out", "tau", "dq", "dk", "dv", "dalpha"), results, strict=True):
+        assert_close(actual, truth, quantity, target.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_entmax_through_the_front(target, dtype):
+    x = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0)).to(target.device, dtype).requires_grad_()
+    p = adasplash2.entmax(x, 1.5, dim=1, backend=target.name)
+    dp = torch.randn_like(p)
+    p.backward(dp)
+
+    def rows(t):
+        return t.detach().movedim(1, -1).reshape(12, 50)
+
+    assert_close(rows(p), entmax_truth(EntmaxRequest(rows(x), 1.5)), "p", target.name)
+    assert_close(rows(x.grad), entmax_backward_truth(rows(p), rows(dp), 1.5), "dx", target.name)
+
+
+@pytest.mark.parametrize("alpha", (*ALPHAS, 1.01))
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_say_something(dtype, kind, alpha):
+    """What the comparisons above leave open, because it hangs on rounding, is a small share of all entries."""
+    if kind == "ties" and alpha == 2.0:
+        pytest.skip("tau falls exactly on keys: every weight of the gradient is a matter of rounding")
+    case = Case(257, 300, head_dim=64, head_dim_v=64, dtype=dtype, kind=kind, alpha=(alpha,), is_causal=True)
+    truth = attention_truth(*case.build(torch.device("cpu")))
+    assert max(truth.unresolved.values()) <= MAX_UNRESOLVED, truth.unresolved
