@@ -76,6 +76,10 @@ class AttentionRequest:
     save_for_backward: bool = False
 
     @property
+    def device(self) -> torch.device:
+        return self.q.device
+
+    @property
     def batch(self) -> int:
         return self.q.shape[0]
 
@@ -110,12 +114,12 @@ class AttentionRequest:
 
     def features(self) -> tuple[str, ...]:
         """The optional features that this call uses, without repeats."""
-        used = [
-            f.metadata["feature"]
-            for f in fields(self)
-            if "feature" in f.metadata and getattr(self, f.name) is not f.default
-        ]
-        return tuple(dict.fromkeys(used))
+        used = [feature for name, default, feature in _OPTIONAL if getattr(self, name) is not default]
+        return tuple(dict.fromkeys(used)) if used else ()
+
+
+# Read once: fields() costs more than all the rest of a dispatch.
+_OPTIONAL = [(f.name, f.default, f.metadata["feature"]) for f in fields(AttentionRequest) if "feature" in f.metadata]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,6 +135,10 @@ class EntmaxRequest:
     x: Tensor
     alpha: float = 1.5
     alpha_rows: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
 
 
 class AttentionResult(NamedTuple):
@@ -159,7 +167,8 @@ class SupportStats:
     """Where the attention weights are not zero; never an array of seqlen_q times seqlen_k.
 
     Attributes:
-        tau: (batch, heads_q, seqlen_q), float32 (float64 for float64 inputs), in units of z; +inf for a row without keys.
+        tau: (batch, heads_q, seqlen_q), float32 (float64 for float64 inputs), in units of z; +inf for a row that sees
+            no key.
         size: (batch, heads_q, seqlen_q) int32, keys with p > 0 in each row.
         block_map: (batch, heads_q, ceil(seqlen_q / block_m), ceil(seqlen_k / block_n)) bool, blocks that hold support.
         block_m: queries per block.
@@ -194,13 +203,11 @@ class Backend(Protocol):
         """The same for a call of entmax."""
 
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
-        """Empty tensors with the shapes and dtypes of ``AttentionResult.saved``; a function of shapes, dtypes and flags only."""
+        """Empty tensors with the shapes and dtypes of ``AttentionResult.saved``, from shapes, dtypes and flags."""
 
     def forward(self, request: AttentionRequest) -> AttentionResult: ...
 
-    def backward(
-        self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
-    ) -> AttentionGrads:
+    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         """Gradients of sum(out * dout). ``saved`` is forward's; dout has out's shape and dtype, any strides."""
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats: ...
