@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["exponent", "tau_width"]
+from adasplash2.contract import AttentionRequest
+
+__all__ = ["exponent", "keys_seen", "tau_width", "visible_counts"]
 
 
 def exponent(alpha: float | Tensor) -> float | Tensor:
@@ -20,3 +22,24 @@ def tau_width(n: Tensor, alpha: float | Tensor) -> Tensor:
     largest p of at least 1 / n. Written with expm1, since alpha near 1 cancels everything else.
     """
     return -torch.expm1((1 - alpha) * torch.log(n))
+
+
+def keys_seen(request: AttentionRequest) -> Tensor:
+    """(batch, seqlen_q) int64: how many keys, from the first one, each query sees."""
+    device = request.q.device
+    full_q, full_k = (torch.full((request.batch,), n, device=device) for n in (request.seqlen_q, request.seqlen_k))
+    lengths_q = (full_q if request.seqlens_q is None else request.seqlens_q.to(torch.int64))[:, None]
+    lengths_k = (full_k if request.seqlens_k is None else request.seqlens_k.to(torch.int64))[:, None]
+    rows = torch.arange(request.seqlen_q, device=device)[None]
+    seen = lengths_k.expand(-1, request.seqlen_q)
+    if request.is_causal:
+        seen = torch.minimum(seen, (rows + 1 + lengths_k - lengths_q).clamp(min=0))
+    return seen.masked_fill(rows >= lengths_q, 0)
+
+
+def visible_counts(request: AttentionRequest, block_m: int, block_n: int) -> tuple[int, int]:
+    """How many (query, key) pairs, and how many (block_m, block_n) blocks of them, the mask leaves visible."""
+    seen = keys_seen(request)
+    rows = torch.nn.functional.pad(seen, (0, -request.seqlen_q % block_m)).unflatten(1, (-1, block_m))
+    blocks = -(-rows.amax(-1) // block_n) if seen.numel() else seen
+    return int(seen.sum()) * request.heads_q, int(blocks.sum()) * request.heads_q

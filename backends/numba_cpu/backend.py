@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
+from .._math import keys_seen, visible_counts
 from . import kernels
 from .threads import run_stage
 
@@ -144,6 +146,7 @@ def _run_forward(
     tile_entries: np.ndarray,
     tile_capacity: int,
     outputs: Sequence[int] = (),
+    blocks: tuple[int, int, int] = (0, 1, 1),
 ) -> None:
     """The forward stage over some tiles; ``outputs`` are the addresses of out, tau, shifts, sizes and tile states."""
     keep, workspace = call.workspace(kernels.workspace_layout.py_func(call.shape, call.size)[-1])
@@ -171,6 +174,7 @@ def _run_forward(
         _address(tile_keys),
         _address(tile_entries),
         tile_capacity,
+        *blocks,
         call.size,
         call.like,
     )
@@ -245,6 +249,13 @@ class NumbaBackend:
         ]
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
+        result, _ = self._forward(request)
+        return result
+
+    def _forward(
+        self, request: AttentionRequest, blocks: tuple[int, int, int] = (0, 1, 1)
+    ) -> tuple[AttentionResult, Tensor]:
+        """The result and the support size per row; ``blocks`` is a block map to fill: address, block_m, block_n."""
         call = _Call(request, self._init)
         batch, heads_q, _, seqlen_q, seqlen_k, dim, dim_v = call.shape
         out = call.empty(batch, heads_q, seqlen_q, dim_v)
@@ -264,15 +275,22 @@ class NumbaBackend:
             # Each head from its last tile back: under a causal mask the costly tiles come first.
             items = np.arange(call.n_tiles).reshape(-1, call.tiles_per_head)[:, ::-1].ravel()
             outputs = [t.data_ptr() for t in (out, tau, shifts, sizes, states)]
-            _run_forward(call, panels, items, keys, entries, capacity, outputs)
+            _run_forward(call, panels, items, keys, entries, capacity, outputs, blocks)
             dense = np.flatnonzero(states.numpy() == kernels.DENSE)
             if len(dense):
-                self._dense_forward(call, panels, dense, outputs[:4])
+                self._dense_forward(call, panels, dense, outputs[:4], blocks)
         if saved:
             saved[2:] = [shifts, sizes, states]
-        return AttentionResult(out.to(request.q.dtype), tau, saved)
+        return AttentionResult(out.to(request.q.dtype), tau, saved), sizes
 
-    def _dense_forward(self, call: _Call, panels: _Panels, items: np.ndarray, outputs: Sequence[int]) -> None:
+    def _dense_forward(
+        self,
+        call: _Call,
+        panels: _Panels,
+        items: np.ndarray,
+        outputs: Sequence[int],
+        blocks: tuple[int, int, int],
+    ) -> None:
         dense = _DenseKeys(call)
         k_panels, v_rows = dense.panels(call.k), dense.rows(call.v)
         layout = kernels.dense_layout.py_func(call.shape, 0, dense.columns_v, call.size)
@@ -295,6 +313,7 @@ class NumbaBackend:
             len(items),
             _address(items),
             *outputs,
+            *blocks,
             call.size,
             call.like,
         )
@@ -316,7 +335,7 @@ class NumbaBackend:
             self._sparse_backward(call, tau, saved, call.readable(dout), dq, dk, dv, dalpha)
             if bool((saved[4] == kernels.DENSE).any()):
                 self._dense_backward(call, tau, saved, call.readable(dout), dq, dk, dv, dalpha)
-            self._spread_bad_rows(call, tau, dk, dv)
+            self._spread_bad_rows(request, tau, dk, dv)
         return AttentionGrads(
             dq.to(request.q.dtype),
             dk.to(request.k.dtype),
@@ -445,20 +464,33 @@ class NumbaBackend:
         dk += dk_sums.sum(0)[:, :, :seqlen_k, :dim]
         dv += dv_sums.sum(0)[:, :, :seqlen_k, :dim_v]
 
-    def _spread_bad_rows(self, call: _Call, tau: Tensor, dk: Tensor, dv: Tensor) -> None:
+    def _spread_bad_rows(self, request: AttentionRequest, tau: Tensor, dk: Tensor, dv: Tensor) -> None:
         """NaN in the gradients of all keys that a row without a tau sees."""
         bad = tau.isnan()
         if not bad.any():
             return
-        _, heads_q, heads_kv, _, _, _, _ = call.shape
-        for b, h, i in bad.nonzero().tolist():
-            length_q, length_k = int(call.lengths_q[b]), int(call.lengths_k[b])
-            seen = kernels.last_key.py_func(i, call.is_causal, length_q, length_k)
+        group = request.heads_q // request.heads_kv
+        seen = keys_seen(request)[:, None].expand_as(bad).masked_fill(~bad, 0).amax(-1)
+        for b, h in seen.nonzero().tolist():
             for gradient in (dk, dv):
-                gradient[b, h // (heads_q // heads_kv), :seen] = torch.nan
+                gradient[b, h // group, : seen[b, h]] = torch.nan
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats:
-        raise NotImplementedError
+        # Values of width 0: the support is a matter of q and k alone.
+        request = replace(request, v=request.k[..., :0], save_for_backward=False)
+        blocks = (-(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
+        block_map = torch.zeros((request.batch, request.heads_q, *blocks), dtype=torch.int8)
+        result, sizes = self._forward(request, (block_map.data_ptr(), block_m, block_n))
+        pairs, visible_blocks = visible_counts(request, block_m, block_n)
+        return SupportStats(
+            result.tau,
+            sizes,
+            block_map.bool(),
+            block_m,
+            block_n,
+            element_density=int(sizes.sum()) / pairs if pairs else 0.0,
+            block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
+        )
 
     def entmax(self, request: EntmaxRequest) -> Tensor:
         x = request.x.detach()

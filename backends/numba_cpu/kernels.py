@@ -16,6 +16,7 @@ import math
 import numpy as np
 from numba import njit
 
+from .cache import stage
 from .simd import (
     GROUPS,
     MR,
@@ -29,6 +30,7 @@ from .simd import (
     load,
     maximum,
     multiply_rows,
+    outlined,
     power_row,
     power_sums,
     quantise,
@@ -59,7 +61,7 @@ ENTMAX_ROWS = 8  # rows per work item
 STORED, RESCAN, DENSE = 0, 1, 2
 
 
-stage = njit(nogil=True, error_model="numpy")
+inlined = njit(nogil=True, error_model="numpy", inline="always")
 helper = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
@@ -160,6 +162,7 @@ def pack(counter, shape, k, k_strides, lengths_k, panels, steps, bad_keys, size,
 @helper
 def refine(values, n, lower, r, steps, tolerance, like):
     """Newton on the norm of max(values[:n] - tau, 0) from a lower bound of tau: it rises and never passes tau."""
+    outlined()
     tau = lower
     for _ in range(steps):
         g, f = power_sums(values, n, cast(tau, like), cast(r, like))
@@ -181,6 +184,7 @@ def norm_power(f, r):
 @helper
 def histogram_bound(values, n, r, size, like):
     """Lower bound of tau of values[:n]: counts on [max - 1, max], taken at the lower edges of the bins."""
+    outlined()
     counts = np.zeros(HISTOGRAM_BINS + 1, np.int64)
     top = np.float64(maximum(values, n, like))
     for j in range(n):
@@ -234,7 +238,7 @@ def last_key(row, is_causal, length_q, length_k):
     return length_k
 
 
-@helper
+@inlined
 def load_queries(row0, n_rows, q, stride, dim, factor, scaled, packed, steps, bad, scratch, size, like):
     """scaled = q * factor, packed = the same as int16 pairs (groups of MR rows), steps = their scales; marks bad rows."""
     n_pairs = (dim + 1) // 2
@@ -257,7 +261,7 @@ def load_queries(row0, n_rows, q, stride, dim, factor, scaled, packed, steps, ba
         spread_pairs(pairs, n_pairs, target, MR * 4)
 
 
-@helper
+@inlined
 def find_support(
     row0,
     n_rows,
@@ -434,13 +438,17 @@ def forward(
     tile_keys,
     tile_entries,
     tile_capacity,
+    block_map,
+    block_m,
+    block_n,
     size,
     like,
 ):
     """Forward of the tiles listed in ``items``, but for the dense ones, which it marks DENSE in ``tile_states``.
 
     The support of a tile goes to the addresses in tile_keys and tile_entries if it has at most ``tile_capacity``
-    entries; if not, the tile is marked RESCAN. Without output (to find such a support again) nothing else is written.
+    entries; if not, the tile is marked RESCAN. block_map (heads, blocks of block_m queries, blocks of block_n keys),
+    if its address is not 0, gets a 1 for every block that holds support. Without output (to find such a support again) nothing else is written.
     """
     _, heads_q, heads_kv, seqlen_q, seqlen_k, dim, dim_v = shape
     n_tiles = (seqlen_q + BLOCK_M - 1) // BLOCK_M
@@ -547,6 +555,12 @@ def forward(
             vals = values + i * capacity * size
             power_row(vals, n, cast(r, like), weights)
             accumulate_rows(v_rows, v_strides[2], keys + i * capacity * 4, weights, n, dim_v, target, like)
+            if block_map:
+                blocks_n = (seqlen_k + block_n - 1) // block_n
+                blocks_m = (seqlen_q + block_m - 1) // block_m
+                blocks = block_map + (head * blocks_m + (row0 + i) // block_m) * blocks_n
+                for j in range(n):
+                    store(blocks + load(keys + (i * capacity + j) * 4, np.int32(0)) // block_n, np.int8(1))
 
 
 @njit
@@ -666,6 +680,9 @@ def dense_forward(
     tau,
     shifts,
     sizes,
+    block_map,
+    block_m,
+    block_n,
     size,
     like,
 ):
@@ -733,6 +750,13 @@ def dense_forward(
             fill(scores + seen * size, end - seen, zero, size)
             row = head * seqlen_q + row0 + i
             store_row(tau, shifts, sizes, row, top, shift, np.int64(n), bad[i], size, like)
+            if block_map and not bad[i]:
+                blocks_n = (seqlen_k + block_n - 1) // block_n
+                blocks_m = (seqlen_q + block_m - 1) // block_m
+                blocks = block_map + (head * blocks_m + (row0 + i) // block_m) * blocks_n
+                for j in range(seen):
+                    if load(scores + j * size, like) > zero:
+                        store(blocks + j // block_n, np.int8(1))
         weighted_rows(
             strip,
             stride,

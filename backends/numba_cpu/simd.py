@@ -31,6 +31,7 @@ __all__ = [
     "load",
     "maximum",
     "multiply_rows",
+    "outlined",
     "power_row",
     "power_sums",
     "quantise",
@@ -253,6 +254,17 @@ def _power(b, u, exponent):
     else:
         value = _call(b, "pow", vt, [safe, exponent])
     return b.select(alive, value, _real(vt, 0.0))
+
+
+@intrinsic
+def outlined(typingctx):
+    """Keeps the enclosing function from being inlined: less code to compile where it is called from many places."""
+
+    def codegen(context, b, signature, args):
+        b.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
