@@ -25,11 +25,13 @@ accumulated sum and of the result, and with g_j = dout . v_j (the gradient of p_
     dq    |scale| ds |k|                               dk  |scale| ds^T |q|
 
 and dalpha from the terms of the reference's formula (A = p phi, B = p (1 + y)), each moved as p and w are; it does not allow
-for the cancellation of order (alpha - 1) ** -2 in the form of Correia et al. 2019. These bounds add absolute values
-where errors in truth cancel, so they catch what is wrong at a single entry, but not a loss of accuracy everywhere. For
-float16 and bfloat16, where the rounding of p and ds dominates, each (batch, head) must also keep its root mean square
-error below ``YARDSTICK`` times that of plain dense evaluation (the reference in float32 with p and ds rounded to the
-dtype), plus that of the part of the bound which comes from the scores.
+for the cancellation of order (alpha - 1) ** -2 in the form of Correia et al. 2019. As dalpha sums over the keys of all rows,
+whose errors are independent and whose bounds are of eight standard deviations, the squares of these are added.
+
+The other bounds add absolute values where errors in truth cancel, so they catch what is wrong at a single entry, but not a
+loss of accuracy everywhere. For float16 and bfloat16, where the rounding of p and ds dominates, each (batch, head) must
+also keep its root mean square error below ``YARDSTICK`` times that of plain dense evaluation (the reference in float32
+with p and ds rounded to the dtype), plus that of the part of the bound which comes from the scores.
 
 Entries whose bound exceeds ``RESOLVED`` times their natural scale (the same sums without cancellation) are *unresolved*:
 comparing them says little. ``Truth.unresolved`` counts them, so that tests can cap their share at ``MAX_UNRESOLVED``.
@@ -81,8 +83,6 @@ SCORE_ROUNDINGS = 8
 # accumulation dtype. Doubled, for sums whose error grows with their length.
 ROUNDINGS = {"out": 3, "out1": 0.5, "tau": 1, "dq": 5, "dk": 5, "dv": 3, "dalpha": 8, "p": 3, "dx": 8}
 
-# dalpha sums over all rows of a head. Their errors are independent: root of the sum of squares, this many times.
-SIGMAS = 4
 
 # Half-precision root mean square error, in units of that of plain dense evaluation: the factor allows another order of
 # rounding (delta from a rounded out1, scores rounded with p), not another algorithm.
@@ -205,7 +205,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, at_most: Tensor) -> Tensor:
 
 
 def _alpha_bound(m: _Moves, g: Tensor, g_error: Tensor, alpha: float | Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Per row (..., 1): the bound of dalpha and its natural scale.
+    """Per row (..., 1): the square of the bound of dalpha, and its natural scale.
 
     The Jacobian of the reference is (A_sum B - A B_sum) / ((alpha - 1) ** 2 sum w).
     """
@@ -225,7 +225,7 @@ def _alpha_bound(m: _Moves, g: Tensor, g_error: Tensor, alpha: float | Tensor, e
         + jacobian * (alpha - 1) ** 2 * w_move_sum
     ) / scale_low
     bound = g.abs() * (moved + eps * terms) + g_error * (jacobian + moved)
-    return bound.sum(-1, keepdim=True), (g.abs() * terms).sum(-1, keepdim=True)
+    return bound.square().sum(-1, keepdim=True), (g.abs() * terms).sum(-1, keepdim=True)
 
 
 def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Truth:
@@ -299,11 +299,11 @@ def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Tr
             total["dk"] += abs(request.scale) * (part_ds.mT @ part.q.abs())
         if "dalpha" in values:
             row_bound, row_natural = _alpha_bound(m, g, g_error, dense.alpha, _rounding("dalpha", acc))
-            scores["dalpha"] += row_bound.square().sum((0, 2, 3))
+            scores["dalpha"] += row_bound.sum((0, 2, 3))
             natural["dalpha"] += row_natural.sum((0, 2, 3))
 
     if "dalpha" in values:
-        scores["dalpha"] = SIGMAS * scores["dalpha"].sqrt()
+        scores["dalpha"] = scores["dalpha"].sqrt()
     for total in (scores, rounding, natural):
         total |= {quantity: dense.per_kv_head(total[quantity]) for quantity in per_query_head if quantity in total}
     truth.unresolved["support"] = in_margin / max(in_reach, 1)
@@ -370,7 +370,7 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
         # The reference takes the sum of p for 1. Formulas that do not differ by how far the rounded p is from it.
         excess = (p64.sum(-1, keepdim=True) - 1).abs() / (used_alpha - 1) ** 2
         excess = excess * (g.abs() * (p64 + _ratio(w, w_sum, torch.ones_like(w)))).sum(-1, keepdim=True)
-        truth.add("dalpha", dalpha, bound[:, 0], 2 * excess[:, 0], scale[:, 0])
+        truth.add("dalpha", dalpha, bound[:, 0].sqrt(), 2 * excess[:, 0], scale[:, 0])
     return truth
 
 
@@ -557,13 +557,15 @@ def _topics(q: Tensor, k: Tensor, generator: torch.Generator, share: float = 0.2
     head_dim = q.shape[-1]
     topics = min(TOPICS, head_dim)
     directions = torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator)).Q[:topics]
-    topic = torch.randint(topics, (-(-max(q.shape[2], k.shape[2]) // TOPIC_SEGMENT) or 1,), generator=generator)
-    of_token = topic.repeat_interleave(TOPIC_SEGMENT)
+    tokens = max(q.shape[2], k.shape[2], 1)
+    segments = -(-tokens // TOPIC_SEGMENT)
+    topic = torch.randint(topics, (segments,), generator=generator)
+    wanted = torch.rand(segments, topics, generator=generator) < share
+    wanted[torch.arange(segments), topic] = True
+    segment = torch.arange(tokens) // TOPIC_SEGMENT
     # Both sequences end at the same token, as the causal mask aligns them.
-    of_query, of_key = (of_token[len(of_token) - t.shape[2] :] for t in (q, k))
-    wanted = torch.rand(q.shape[2], topics, generator=generator) < share
-    wanted[torch.arange(q.shape[2]), of_query] = True
-    return 8 * wanted.float() @ directions + 0.5 * q, head_dim**0.5 * directions[of_key] + 0.5 * k
+    of_query, of_key = (segment[tokens - t.shape[2] :] for t in (q, k))
+    return 8 * wanted[of_query].float() @ directions + 0.5 * q, head_dim**0.5 * directions[topic[of_key]] + 0.5 * k
 
 
 def _drifting(q: Tensor, k: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -613,8 +615,8 @@ def make_inputs(
     """Inputs of one kind, the same on every device for the same seed. Scores are meant with scale = head_dim ** -0.5.
 
     Args:
-        kind: "iid" (scores of standard deviation 1), "narrow" (0.03: near-uniform weights), "wide" (3.5), "topics" (segments of
-            128 tokens share one of 32 orthonormal directions, a query wants a random subset of them, its own included:
+        kind: "iid" (scores of standard deviation 1), "narrow" (0.03: near-uniform weights), "wide" (3.5), "topics" (each segment
+            of 128 tokens has one of 32 orthonormal directions; its queries want a random subset of them, their own included:
             block-sparse, as trained models are), "drifting" (both follow a random walk), "ties" (small integers: many
             equal scores) or "equal" (all keys of a head are one).
         batch, heads_q, seqlen_q, head_dim: shape of q.
@@ -623,7 +625,7 @@ def make_inputs(
         dtype: what float32 draws are rounded to.
         device: where the tensors go.
         seed: of the draws.
-        options: "topics" takes ``share`` (default 0.25), the probability that a query wants a topic; it sets the density.
+        options: "topics" takes ``share`` (default 0.25), the probability that a segment wants a topic; it sets the density.
 
     Returns:
         Inputs: q, k, v and dout, contiguous.

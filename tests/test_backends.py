@@ -66,7 +66,16 @@ def test_backends_agree(names, dtype):
             pytest.skip(candidate.backend)
     device = next((device for candidate in found for device in candidate.devices if device != "cpu"), "cpu")
     case = Case(
-        150, 190, batch=2, group=2, head_dim=80, head_dim_v=64, dtype=dtype, kind="wide", is_causal=True, alpha=(1.5, 1.3)
+        150,
+        190,
+        batch=2,
+        group=2,
+        head_dim=80,
+        head_dim_v=64,
+        dtype=dtype,
+        kind="wide",
+        is_causal=True,
+        alpha=(1.5, 1.3),
     )
     request, dout = case.build(torch.device(device))
     try:

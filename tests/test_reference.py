@@ -94,7 +94,9 @@ def test_alpha_gradient_against_central_differences(alpha):
 
 def smooth_case(alpha: float | tuple[float, ...], **fields: object) -> Case:
     """A call without a key near the edge of its support, where the gradient has a kink."""
-    return Case(3, 5, head_dim=2, head_dim_v=2, batch=2, heads_kv=2, group=2, dtype=torch.float64, alpha=alpha, **fields)
+    return Case(
+        3, 5, head_dim=2, head_dim_v=2, batch=2, heads_kv=2, group=2, dtype=torch.float64, alpha=alpha, **fields
+    )
 
 
 @pytest.mark.parametrize(
