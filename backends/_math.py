@@ -16,7 +16,7 @@ def exponent(alpha: float | Tensor) -> float | Tensor:
 
 
 def tau_width(n: Tensor, alpha: float | Tensor) -> Tensor:
-    """Width of the bracket of tau over n keys: max z - 1 <= tau <= max z - 1 + width, with width = 1 - n ** (1 - alpha).
+    """Width of the bracket of tau over n keys: max z - 1 <= tau <= max z - 1 + width, width = 1 - n ** (1 - alpha).
 
     The left end holds because the largest key alone has u <= 1, the right end because n keys with sum p = 1 have a
     largest p of at least 1 / n. Written with expm1, since alpha near 1 cancels everything else.

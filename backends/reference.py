@@ -10,9 +10,9 @@ the largest score of their row, so that their magnitude does not matter::
 ``lam`` takes the place of tau: it stays between 0 and log(n) for every alpha, is the logsumexp of x in the limit
 alpha -> 1, and 1 + (alpha - 1) * ... goes through log1p, so no digit is lost as alpha approaches 1.
 
-Independent of the other backends in how it finds lam: by sorting at alpha = 1.5 and alpha = 2 (Peters et al. 2019, arXiv
-1905.05702; Martins and Astudillo 2016, arXiv 1602.02068), by bisection elsewhere. p is never normalised: its sum says
-how good lam is.
+Independent of the other backends in how it finds lam: by sorting at alpha = 1.5 and alpha = 2 (Peters et al. 2019,
+arXiv 1905.05702; Martins and Astudillo 2016, arXiv 1602.02068), by bisection elsewhere. p is never normalised: its sum
+says how good lam is.
 
 Gradients in closed form, with w_j = p_j ** (2 - alpha) on the support and dp_j = dout . v_j::
 

@@ -1,7 +1,8 @@
 """Which backends the tests run on, Hypothesis profiles, and uninitialised memory that shows itself.
 
-``--backend NAME`` (again for more) restricts the tests to these backends; ``--require-backend NAME`` turns "this machine
-cannot run it" from a skip into a failure. Hypothesis takes ``--hypothesis-profile`` dev (the default), ci or nightly.
+``--backend NAME`` (again for more) restricts the tests to these backends; ``--require-backend NAME`` turns "this
+machine cannot run it" from a skip into a failure. Hypothesis takes ``--hypothesis-profile`` dev (the default), ci or
+nightly.
 """
 
 from __future__ import annotations

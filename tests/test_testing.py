@@ -98,7 +98,7 @@ def test_a_forgotten_key_is_caught():
 
 def test_queries_scaled_before_the_product_are_caught():
     """Rounding q * scale to bfloat16 costs accuracy that scaling the scores does not."""
-    request, dout = case(torch.bfloat16, head_dim=80).build(CPU)
+    request, _ = case(torch.bfloat16, head_dim=80).build(CPU)
     scaled = replace(request, q=request.q * request.scale, scale=1.0)
     with pytest.raises(AssertionError, match="tau"):
         assert_close(PLAIN.forward(scaled).tau, attention_truth(request), "tau")
