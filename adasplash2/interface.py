@@ -129,10 +129,10 @@ def explain(
         ValueError: as ``attention``.
     """
     _, request = _attention_request(q, k, v, alpha, is_causal, scale, seqlens_q, seqlens_k, return_tau)
+    autograd.check_values(request)
     if _is_softmax(request):
         reason = (f"got alpha={request.alpha}; needs alpha in (1, 2]",)
         return Explanation("scaled_dot_product_attention", dict.fromkeys(registry.names(), reason))
-    autograd.check_values(request)
     return registry.explain(request, backend, registry.candidates())
 
 
@@ -347,21 +347,17 @@ def _padded_softmax_attention(request: AttentionRequest, options: dict[str, Any]
     # [batch, 1, 1, 1]
     lengths_q = request.seqlen_q if request.seqlens_q is None else request.seqlens_q.view(-1, 1, 1, 1)
     lengths_k = request.seqlen_k if request.seqlens_k is None else request.seqlens_k.view(-1, 1, 1, 1)
-    valid_key = j < lengths_k
-    visible = (i < lengths_q) & valid_key
+    is_key = j < lengths_k
+    visible = (i < lengths_q) & is_key
     if request.is_causal:
         visible = visible & (j - i <= lengths_k - lengths_q)
-    # A blind row is given every key, for torch to stay away from 0 / 0, and its result is dropped. The padding is
-    # zeroed because 0 * NaN is NaN.
+    # A blind row is given every key, for torch to stay away from 0 / 0, and its result is dropped. What nobody sees is
+    # zeroed, because 0 * NaN is NaN.
     blind = ~visible.any(-1, keepdim=True)
-    padding = ~torch.as_tensor(valid_key).mT
-    out = F.scaled_dot_product_attention(
-        request.q.masked_fill(blind, 0),
-        request.k.masked_fill(padding, 0),
-        request.v.masked_fill(padding, 0),
-        visible | blind,
-        **options,
-    )
+    q, k, v = request.q.masked_fill(blind, 0), request.k, request.v
+    if request.seqlens_k is not None:
+        k, v = (tensor.masked_fill(~is_key.mT, 0) for tensor in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, visible | blind, **options)
     return out.masked_fill(blind, 0)
 
 
