@@ -1,0 +1,189 @@
+"""What is timed: shapes, alpha, mask and inputs, each case with the support that its inputs turn out to have."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import adasplash2
+from adasplash2.testing import Inputs, make_inputs
+
+__all__ = ["CASES", "Case", "captured", "find"]
+
+CAPTURED = Path(__file__).parent / "data" / "demo_qkv.npz"
+
+DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: every provider gets the same tensors.
+
+    Attributes:
+        kind: of ``adasplash2.testing.make_inputs``, or "real": captured from the trained model of the demo.
+        seqlen: queries and keys; for entmax the rows and the columns of the matrix.
+        op: "attention", or "entmax" of a matrix.
+        head_dim: of q, k and v.
+        heads: query heads.
+        batch: sequences.
+        alpha: of entmax.
+        is_causal: mask.
+        dtype: of the inputs and the output.
+        gain: factor of the scores, on top of 1 / sqrt(head_dim).
+        share: of "topics": the probability that a query wants a topic.
+        dense_peers: whether the providers that need O(seqlen ** 2) memory, or long to compile, are timed here.
+        compare_inits: whether the Numba backend's other initialisation of tau is timed too.
+        quick: whether a quick run takes this case.
+    """
+
+    kind: str
+    seqlen: int
+    op: Literal["attention", "entmax"] = "attention"
+    head_dim: int = 64
+    heads: int = 8
+    batch: int = 1
+    alpha: float = 1.5
+    is_causal: bool = True
+    dtype: torch.dtype = torch.float32
+    gain: float = 1.0
+    share: float = 0.25
+    dense_peers: bool = False
+    compare_inits: bool = False
+    quick: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique, readable, and what ``--case`` is matched with."""
+        parts = [self.kind]
+        if self.share != 0.25:
+            parts.append(f"share{self.share:g}")
+        if self.gain != 1:
+            parts.append(f"gain{self.gain:g}")
+        parts.append(str(self.seqlen))
+        if self.op == "attention":
+            parts += [f"d{self.head_dim}", "causal" if self.is_causal else "full"]
+            if (self.batch, self.heads) != (1, 8):
+                parts.append(f"b{self.batch}h{self.heads}")
+        else:
+            parts.insert(0, "entmax")
+        if self.alpha != 1.5:
+            parts.append(f"alpha{self.alpha:g}")
+        return "-".join([*parts, DTYPE_NAMES[self.dtype]])
+
+    @property
+    def scale(self) -> float:
+        """Factor of the scores q . k."""
+        return self.gain * self.head_dim**-0.5
+
+    def inputs(self, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The arguments, (q, k, v) or (x,), and a gradient of the output."""
+        if self.op == "entmax":
+            generator = torch.Generator().manual_seed(0)
+            x, dp = (torch.randn(self.seqlen, self.seqlen, generator=generator) for _ in range(2))
+            return ((self.gain * x).to(device, self.dtype),), dp.to(device, self.dtype)
+        shape = {"batch": self.batch, "heads_q": self.heads, "seqlen_q": self.seqlen, "head_dim": self.head_dim}
+        if self.kind == "real":
+            made = captured(**shape)
+            made = Inputs(*(tensor.to(device, self.dtype) for tensor in made))
+        else:
+            options = {"share": self.share} if self.kind == "topics" else {}
+            made = make_inputs(self.kind, **shape, dtype=self.dtype, device=device, **options)
+        return (made.q, made.k, made.v), made.dout
+
+    def support(self, arguments: tuple[Tensor, ...]) -> dict[str, float]:
+        """Keys per row with p > 0 (mean), their share of the visible pairs, and that of the 64 x 64 blocks with any."""
+        if self.op == "entmax":
+            size = (adasplash2.entmax(arguments[0], self.alpha) > 0).sum(-1).double().mean().item()
+            return {"size": size, "elements": size / self.seqlen}
+        q, k, _ = arguments
+        stats = adasplash2.support(q, k, alpha=self.alpha, is_causal=self.is_causal, scale=self.scale)
+        return {
+            "size": stats.size.double().mean().item(),
+            "elements": stats.element_density,
+            "blocks": stats.block_density,
+        }
+
+    def visible_pairs(self) -> int:
+        """(query, key) pairs that the mask leaves, all heads together."""
+        seqlen = self.seqlen
+        return self.batch * self.heads * (seqlen * (seqlen + 1) // 2 if self.is_causal else seqlen**2)
+
+    def dense_flop(self, mode: str) -> int:
+        """FLOP of attention without any skipping: two products forward, five more backward, over the visible pairs."""
+        return 2 * self.head_dim * self.visible_pairs() * {"fwd": 2, "fwd_bwd": 7}[mode]
+
+    def describe(self) -> dict[str, Any]:
+        """For the results file."""
+        return {"name": self.name} | asdict(self) | {"dtype": DTYPE_NAMES[self.dtype]}
+
+
+@functools.cache
+def _load_captured() -> dict[str, Tensor]:
+    with np.load(CAPTURED) as stored:
+        return {name: torch.from_numpy(stored[name]).float() for name in ("q", "k", "v")}
+
+
+def captured(*, batch: int, heads_q: int, seqlen_q: int, head_dim: int) -> Inputs:
+    """q, k, v of the demo's trained entmax model, and a random dout.
+
+    The stored heads and tokens are repeated where more are asked for. A repeated key has a twin with the same score, so
+    past the stored length the support grows with the length.
+
+    Raises:
+        ValueError: if the model has another head_dim.
+    """
+    stored = _load_captured()
+    stored_heads, stored_seqlen, stored_head_dim = stored["q"].shape
+    if head_dim != stored_head_dim:
+        raise ValueError(f"head_dim={head_dim}: expected {stored_head_dim}, the head_dim of {CAPTURED.name}")
+    tiles = (batch, -(-heads_q // stored_heads), -(-seqlen_q // stored_seqlen), 1)
+    q, k, v = (stored[name].tile(tiles)[:, :heads_q, :seqlen_q].contiguous() for name in ("q", "k", "v"))
+    return Inputs(q, k, v, torch.randn(q.shape, generator=torch.Generator().manual_seed(0)))
+
+
+BF16 = torch.bfloat16
+# The kinds of inputs that softmax attention is compared on, from dense to sparse.
+KINDS = ("narrow", "iid", "real", "topics", "wide", "drifting")
+
+CASES: tuple[Case, ...] = (
+    *(Case(kind, 512, quick=kind in ("iid", "real")) for kind in KINDS),
+    *(Case(kind, 1024, quick=kind == "wide", dense_peers=kind == "iid") for kind in KINDS),
+    *(Case(kind, 2048, compare_inits=True) for kind in KINDS),
+    *(Case(kind, 4096) for kind in KINDS),
+    *(Case(kind, 8192) for kind in ("iid", "topics", "drifting")),
+    Case("narrow", 2048, is_causal=False),
+    *(Case(kind, 4096, is_causal=False) for kind in ("iid", "wide", "drifting")),
+    # The same draws, ever sharper: time over sparsity.
+    *(Case("iid", 2048, gain=gain) for gain in (0.1, 0.3, 0.5, 2, 8)),
+    *(Case("topics", 4096, share=share) for share in (0.05, 0.6)),
+    *(Case(kind, seqlen, head_dim=128) for seqlen in (512, 2048) for kind in ("iid", "wide", "drifting")),
+    Case("iid", 4096, head_dim=128),
+    *(Case(kind, 2048, head_dim=96) for kind in ("iid", "wide", "drifting")),
+    *(Case(kind, 512, dtype=BF16, quick=kind == "iid") for kind in ("iid", "real")),
+    *(Case(kind, 2048, dtype=BF16) for kind in ("iid", "real", "wide", "drifting")),
+    *(Case("iid", 2048, alpha=alpha) for alpha in (1.25, 2.0)),
+    Case("iid", 4096, heads=1),
+    Case("iid", 512, op="entmax", quick=True),
+    Case("iid", 4096, op="entmax"),
+    Case("iid", 4096, op="entmax", alpha=2.0),
+)
+
+
+def find(patterns: list[str], quick: bool = False) -> list[Case]:
+    """The cases whose names match a shell pattern, all without patterns; quick: only those of a quick run.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    pool = [case for case in CASES if case.quick or not quick]
+    for pattern in patterns:
+        if not any(fnmatch(case.name, pattern) for case in pool):
+            raise ValueError(f"case={pattern!r}: matches none of {', '.join(case.name for case in pool)}")
+    return [case for case in pool if not patterns or any(fnmatch(case.name, pattern) for pattern in patterns)]

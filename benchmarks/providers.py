@@ -1,0 +1,172 @@
+"""Who is timed: our backends through the public API, and what a user would have instead.
+
+A provider's setup gets a case and its arguments, and answers with a ``Ready`` (a function of those arguments, through
+autograd) or with the reason why it cannot take part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from adasplash2.backends.numba_cpu import NumbaBackend
+from cases import Case
+from gate import Forward, Function
+from torch import Tensor
+
+import adasplash2
+from adasplash2 import registry
+
+__all__ = ["Provider", "Ready", "baseline", "providers"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What will be timed.
+
+    Attributes:
+        forward: of the case's arguments (q, k, v or x), on any thread count that torch is set to.
+        no_backward: why it has no gradients, or None.
+    """
+
+    forward: Forward
+    no_backward: str | None = None
+
+
+Setup = Callable[[Case, tuple[Tensor, ...]], Ready | str]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One competitor for one operator.
+
+    Attributes:
+        name: for the command line.
+        label: for people.
+        op: operator of the cases that it takes part in.
+        function: what it computes.
+        setup: as the module says.
+        dtype: of its inputs, where that is not the case's.
+    """
+
+    name: str
+    label: str
+    op: Literal["attention", "entmax"]
+    function: Function
+    setup: Setup
+    dtype: torch.dtype | None = None
+
+
+HISTOGRAM = "numba-histogram"
+DENSE_REASON = "needs O(seqlen ** 2) memory or long to compile; timed at a few short cases"
+
+
+def _backend_attention(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    attend = functools.partial(
+        adasplash2.attention, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale, backend=backend
+    )
+    q, k, v = arguments
+    explanation = adasplash2.explain(q, k, v, **attend.keywords)
+    if reasons := explanation.reasons[backend]:
+        return "; ".join(reasons)
+    if backend == "reference" and not case.dense_peers:
+        return DENSE_REASON
+    return Ready(attend)
+
+
+def _histogram_variant(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if not case.compare_inits:
+        return "the other initialisation is timed at a few cases"
+    return _backend_attention(HISTOGRAM, case, arguments)
+
+
+def _backend_entmax(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if unavailable := adasplash2.available_backends()[backend]:
+        return unavailable
+    if backend == "reference" and not case.dense_peers:
+        return DENSE_REASON
+    return Ready(functools.partial(adasplash2.entmax, alpha=case.alpha, backend=backend))
+
+
+def _sdpa(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if arguments[0].dtype != case.dtype and case.kind != "iid":
+        return "its speed does not depend on the inputs: in another dtype than the case's it is timed at iid alone"
+    return Ready(functools.partial(F.scaled_dot_product_attention, is_causal=case.is_causal, scale=case.scale))
+
+
+def _flex(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if not case.dense_peers:
+        return DENSE_REASON
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k, v = arguments
+    mask = None
+    if case.is_causal:
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, case.seqlen, case.seqlen, device=str(q.device))
+    compiled = torch.compile(flex_attention)
+    forward = functools.partial(compiled, block_mask=mask, scale=case.scale)
+    try:
+        with torch.no_grad():
+            forward(q, k, v)
+    except Exception as error:  # inductor fails in many ways, most often for want of a C++ compiler
+        return f"does not compile here: {str(error).strip().splitlines()[0]}"
+    return Ready(forward, "flex_attention has no backward on CPU" if q.device.type == "cpu" else None)
+
+
+def _package_entmax(name: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    try:
+        import entmax
+    except ImportError as error:
+        return f"{error} (pip install entmax)"
+    needs = {"entmax15": 1.5, "sparsemax": 2.0}.get(name, case.alpha)
+    if case.alpha != needs:
+        return f"got alpha={case.alpha:g}; needs {needs:g}"
+    function = getattr(entmax, name)
+    transform = functools.partial(function, alpha=case.alpha) if name == "entmax_bisect" else function
+    if case.op == "entmax":
+        return Ready(functools.partial(transform, dim=-1))
+    if not case.dense_peers:
+        return DENSE_REASON
+    hidden = torch.ones(case.seqlen, case.seqlen, dtype=torch.bool, device=arguments[0].device).triu(1)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.mT * case.scale
+        if case.is_causal:
+            scores = scores.masked_fill(hidden, -torch.inf)
+        return transform(scores, dim=-1) @ v
+
+    return Ready(dense)
+
+
+def providers() -> list[Provider]:
+    """All providers, the backends of the package first."""
+    found = []
+    for name in adasplash2.available_backends():
+        label = f"adasplash2 {name}"
+        found.append(Provider(name, label, "attention", "entmax", functools.partial(_backend_attention, name)))
+        found.append(Provider(name, label, "entmax", "entmax", functools.partial(_backend_entmax, name)))
+    variant = NumbaBackend(init="histogram")
+    variant.name = HISTOGRAM
+    registry.register(HISTOGRAM, variant)
+    found += [
+        Provider(HISTOGRAM, "adasplash2 numba, tau from a histogram", "attention", "entmax", _histogram_variant),
+        Provider("sdpa-f32", "torch softmax f32", "attention", "softmax", _sdpa, torch.float32),
+        Provider("sdpa-bf16", "torch softmax bf16", "attention", "softmax", _sdpa, torch.bfloat16),
+        Provider("flex", "flex_attention (softmax)", "attention", "softmax", _flex),
+    ]
+    for name in ("entmax15", "sparsemax", "entmax_bisect"):
+        setup = functools.partial(_package_entmax, name)
+        found.append(Provider(name, f"{name} (package entmax)", "attention", "entmax", setup))
+        found.append(Provider(name, f"{name} (package entmax)", "entmax", "entmax", setup))
+    return found
+
+
+def baseline(case: Case) -> str:
+    """Whom a case's ratios are against: torch's softmax in the case's dtype, the package entmax's exact function."""
+    if case.op == "entmax":
+        return {1.5: "entmax15", 2.0: "sparsemax"}.get(case.alpha, "entmax_bisect")
+    return "sdpa-bf16" if case.dtype == torch.bfloat16 else "sdpa-f32"

@@ -1,0 +1,415 @@
+"""Turns results into the tables of README.md (between the benchmarks markers) and the plots that they show.
+
+python benchmarks/report.py                      the newest complete results of each machine
+python benchmarks/report.py RESULTS.json --stdout
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+__all__ = ["Results", "main", "markdown", "plots"]
+
+Row = dict[str, Any]
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+
+# The first of these that was timed at a case stands for the package there.
+OURS = ("triton", "cupy", "numba")
+KINDS = {
+    "narrow": "near-uniform, std 0.03",
+    "iid": "iid, std 1",
+    "real": "real, trained model",
+    "topics": "topics",
+    "wide": "iid, std 3.5",
+    "drifting": "drifting clusters",
+}
+# Okabe and Ito's colours, apart for colour-blind eyes too.
+COLOURS = dict(zip(KINDS, ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"), strict=True))
+MODES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+INK = "#333333"
+DASHED = (0, (4, 3))
+TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold", "color": INK}
+
+
+@dataclass(frozen=True)
+class Results:
+    """One results file."""
+
+    path: Path
+    stamp: dict[str, Any]
+    cases: list[Row]
+    rows: dict[tuple[str, str, str], Row]  # (case, provider, mode), timed ones alone
+    initialisations: list[Row]
+    first_calls: dict[str, dict[str, float]]
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a file that run.py wrote."""
+        content = json.loads(path.read_text())
+        timed = [row for row in content["rows"] if row["status"] == "timed"]
+        return cls(
+            path,
+            content["stamp"],
+            content["cases"],
+            {(row["case"], row["provider"], row["mode"]): row for row in timed},
+            content.get("initialisations", []),
+            content.get("first_calls", {}),
+        )
+
+    def attention(self, **wanted: object) -> list[Row]:
+        """The attention cases with these fields, and the usual ones where none is named."""
+        usual = {"dtype": "f32", "head_dim": 64, "heads": 8, "batch": 1, "alpha": 1.5, "gain": 1.0, "share": 0.25}
+        wanted = {"op": "attention", "is_causal": True} | usual | wanted
+        return [case for case in self.cases if all(case[name] == value for name, value in wanted.items())]
+
+    def ours(self, case: Row, mode: str) -> Row | None:
+        """The package's row at a case."""
+        return next((row for name in OURS if (row := self.rows.get((case["name"], name, mode)))), None)
+
+    def baseline(self, case: Row, mode: str) -> Row | None:
+        """The row that the package's ratio is against."""
+        ours = self.ours(case, mode)
+        return self.rows.get((case["name"], ours["against"], mode)) if ours and "against" in ours else None
+
+
+def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    made = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+
+
+def _digits(value: float) -> str:
+    """Three digits, but never an exponent for a large number."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.2g}%" if value < 0.1 else f"{100 * value:.0f}%"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else _digits(value)
+
+
+def _times(row: Row | None) -> str:
+    return _ratio(row["speedup"][0]) if row and "speedup" in row else ""
+
+
+def _times_with_spread(row: Row | None) -> str:
+    return "{} ({} to {})".format(*map(_ratio, row["speedup"])) if row and "speedup" in row else ""
+
+
+def _ms(row: Row | None) -> str:
+    return _digits(row["ms"][0]) if row else ""
+
+
+def _mb(row: Row | None) -> str:
+    return f"{row['peak_bytes'] / 1e6:.0f}" if row and row["peak_bytes"] is not None else ""
+
+
+def _speed_by_length(results: Results) -> str:
+    """Kinds of inputs by lengths, forward / forward + backward."""
+    cases = results.attention()
+    lengths = sorted({case["seqlen"] for case in cases})
+    found = {(case["kind"], case["seqlen"]): case for case in cases}
+
+    def cell(kind: str, seqlen: int) -> str:
+        case = found.get((kind, seqlen))
+        if case is None or results.ours(case, "fwd") is None:
+            return ""
+        speed = " / ".join(_times(results.ours(case, mode)) for mode in MODES)
+        return f"{speed} ({_share(case['support']['elements'])})"
+
+    lines = ([label, *(cell(kind, seqlen) for seqlen in lengths)] for kind, label in KINDS.items())
+    return _markdown_table(["inputs", *map(str, lengths)], (line for line in lines if any(line[1:])))
+
+
+def _case_table(results: Results, cases: Iterable[Row]) -> str:
+    columns = ("torch ms", "ms", "times", "torch MB", "MB")
+    header = ["case", "keys a row", "elements", "blocks"]
+    header += [f"{label}: {column}" for label in MODES.values() for column in columns]
+    lines = []
+    for case in cases:
+        support = case["support"]
+        line = [_describe(case), f"{support['size']:.3g}", _share(support["elements"]), _share(support["blocks"])]
+        for mode in MODES:
+            theirs, ours = results.baseline(case, mode), results.ours(case, mode)
+            line += [_ms(theirs), _ms(ours), _times_with_spread(ours), _mb(theirs), _mb(ours)]
+        if any(line[4:]):
+            lines.append(line)
+    return _markdown_table(header, lines)
+
+
+def _describe(case: Row) -> str:
+    words = [KINDS[case["kind"]], f"{case['seqlen']} keys"]
+    words += [f"scores x {case['gain']:g}"] * (case["gain"] != 1)
+    words += [f"share {case['share']:g}"] * (case["share"] != 0.25)
+    words += [f"head_dim {case['head_dim']}"] * (case["head_dim"] != 64)
+    words += ["no mask"] * (not case["is_causal"])
+    words += [f"alpha {case['alpha']:g}"] * (case["alpha"] != 1.5)
+    words += [f"{case['heads']} head"] * (case["heads"] != 8)
+    words += [case["dtype"]] * (case["dtype"] != "f32")
+    return ", ".join(words)
+
+
+def _provider_table(results: Results, case: Row) -> str:
+    """Everyone at one case."""
+    header = ["", *(f"{label}: {column}" for label in MODES.values() for column in ("ms", "times", "MB"))]
+    providers = dict.fromkeys(provider for name, provider, _ in results.rows if name == case["name"])
+    lines = []
+    for provider in providers:
+        own = [results.rows.get((case["name"], provider, mode)) for mode in MODES]
+        label = next(row["label"] for row in own if row)
+        lines.append([label, *(cell for row in own for cell in (_ms(row), _times(row), _mb(row)))])
+    return _markdown_table(header, lines)
+
+
+def _histogram_table(results: Results) -> str:
+    """The two initialisations of the Numba backend against each other."""
+    lines = []
+    for case in results.cases:
+        own = [results.rows.get((case["name"], name, mode)) for mode in MODES for name in ("numba", "numba-histogram")]
+        if all(own):
+            lines.append([_describe(case), *map(_ms, own)])
+    header = ["case", *(f"{label}: {init}, ms" for label in MODES.values() for init in ("maxima", "histogram"))]
+    return _markdown_table(header, lines) if lines else ""
+
+
+def _initialisation_table(rows: list[Row], cell: Callable[[Row], str]) -> str:
+    inputs = dict.fromkeys(row["inputs"] for row in rows)
+    labels = dict.fromkeys(row["initialisation"] for row in rows)
+    found = {(row["initialisation"], row["inputs"]): row for row in rows}
+    lines = ([label, *(cell(found[label, name]) for name in inputs)] for label in labels)
+    return _markdown_table(["initialisation", *inputs], lines)
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+
+
+def _machine(results: Results) -> str:
+    stamp, info = results.stamp, results.stamp["info"]
+    device = stamp["device"]
+    if device == "cpu":
+        device = f"{info['cpu']} ({info['cpu features']}), {stamp['threads']} threads"
+    versions = ", ".join(f"{name} {info[name]}" for name in ("torch", "numba", "python"))
+    changes = " with changes" if stamp["uncommitted_changes"] else ""
+    return f"{device}; {versions}; {stamp['date'][:10]}, commit {(stamp['commit'] or 'unknown')[:9]}{changes}"
+
+
+def _sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
+    plain = results.attention()
+    others = [case for case in results.cases if case["op"] == "attention" and case not in plain]
+    yield (
+        f"Measured on {_machine(results)}. Batch 1, 8 heads. Medians of interleaved rounds, after a correctness "
+        "gate that every provider must pass."
+    )
+    yield (
+        "Times as fast as torch's softmax attention in the same run, forward / forward + backward, by sequence length "
+        "(causal, float32, head_dim 64). In brackets the share of the visible weights that are not zero."
+    )
+    yield _speed_by_length(results)
+    yield from (f"![{name}]({image})" for name, image in images.items())
+    yield _details("Every case, with times, spread (20% to 80%) and peak memory", _case_table(results, plain + others))
+    for case in results.cases:
+        providers = {provider for name, provider, _ in results.rows if name == case["name"]}
+        if case["op"] == "entmax":
+            shape = (case["seqlen"], case["seqlen"])
+            yield f"`entmax(x)` on a {shape} matrix, alpha {case['alpha']:g}, {case['dtype']}:"
+            yield _provider_table(results, case)
+        elif providers & {"entmax15", "entmax_bisect"}:
+            yield f"Everyone at one case ({_describe(case)}):"
+            yield _provider_table(results, case)
+    if table := _histogram_table(results):
+        yield "The first bound of tau in the Numba backend, from the maxima of groups of keys or from a histogram:"
+        yield table
+    if results.initialisations:
+        goal = "0.0001"
+        yield (
+            f"Passes over the scores until every row is within {goal} of tau, after the pass that forms the scores "
+            "(256 rows of 4096 keys, 1024 for the real ones; alpha 1.5):"
+        )
+        yield _initialisation_table(results.initialisations, lambda row: f"{row['passes'][goal]:.2f}")
+        yield _details(
+            "Gap to tau of the worst row after each initialisation, and after 1, 2, 3 steps",
+            _initialisation_table(results.initialisations, lambda row: ", ".join(f"{gap:.0e}" for gap in row["gaps"])),
+        )
+    if results.first_calls:
+        yield "Seconds in a fresh process, forward + backward, with the compile cache empty (cold) or filled (warm):"
+        yield _markdown_table(
+            ["", "import", "first call", "second call"],
+            ([state, *map(_digits, seconds.values())] for state, seconds in results.first_calls.items()),
+        )
+
+
+def markdown(results: Results, images: Mapping[str, str]) -> str:
+    """The report on one machine.
+
+    Args:
+        results: of that machine.
+        images: alternative text to address, shown below the first table.
+    """
+    return "\n\n".join(_sections(results, images))
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color("#999999")
+
+
+def _legend(figure: Figure) -> None:
+    """One legend for all axes, at the right."""
+    entries = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, labelcolor=INK)
+
+
+def _speed_plot(results: Results) -> Figure:
+    """Speed against torch's softmax over length, a line for each kind of inputs."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    cases = results.attention()
+    lengths = sorted({case["seqlen"] for case in cases})
+    for axes, (mode, label) in zip(figure.subplots(1, 2), MODES.items(), strict=True):
+        _style(axes, label)
+        for kind, name in KINDS.items():
+            points = sorted(
+                (case["seqlen"], *row["speedup"])
+                for case in cases
+                if case["kind"] == kind and (row := results.ours(case, mode)) and "speedup" in row
+            )
+            if points:
+                x, median, low, high = zip(*points, strict=True)
+                axes.fill_between(x, low, high, color=COLOURS[kind], alpha=0.12, linewidth=0)
+                axes.plot(x, median, color=COLOURS[kind], marker="o", markersize=4, linewidth=1.8, label=name)
+        axes.axhline(1, color=INK, linewidth=1.2, linestyle=DASHED, label="torch softmax")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(lengths))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0f}"))
+        axes.set_ylim(0, None)
+        axes.set_xlabel("keys", color=INK)
+    _legend(figure)
+    figure.suptitle("Times as fast as torch's softmax attention (causal, head_dim 64, float32)", **TITLE)
+    return figure
+
+
+def _sparsity_plot(results: Results, seqlen: int = 2048) -> Figure:
+    """Time over the share of weights that are not zero, at one length."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    cases = [case for case in results.cases if case in results.attention(seqlen=seqlen, gain=case["gain"])]
+    for axes, (mode, label) in zip(figure.subplots(1, 2), MODES.items(), strict=True):
+        _style(axes, label)
+        points = [
+            (100 * case["support"]["elements"], ours["ms"][0], theirs["ms"][0], case["kind"])
+            for case in cases
+            if (ours := results.ours(case, mode)) and (theirs := results.baseline(case, mode))
+        ]
+        if not points:
+            continue
+        # The same draws at ever other gains.
+        swept = sorted((share, ms) for share, ms, _, kind in points if kind in ("narrow", "iid", "wide"))
+        axes.plot(*zip(*swept, strict=True), color="#cccccc", linewidth=1.2, zorder=1)
+        for kind, name in KINDS.items():
+            own = [(share, ms) for share, ms, _, its_kind in points if its_kind == kind]
+            if own:
+                name = "iid, other gains" if kind == "iid" else name
+                axes.scatter(*zip(*own, strict=True), color=COLOURS[kind], s=36, zorder=2, label=name)
+        softmax = statistics.median(theirs for _, _, theirs, _ in points)
+        axes.axhline(softmax, color=INK, linewidth=1.2, linestyle=DASHED, label="torch softmax")
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}%"))
+        axes.set_ylim(0, None)
+        axes.set_xlabel("weights that are not zero", color=INK)
+        axes.set_ylabel("ms", color=INK)
+    _legend(figure)
+    figure.suptitle(f"Time over sparsity ({seqlen} keys, causal, head_dim 64, float32)", **TITLE)
+    return figure
+
+
+def plots(results: Results) -> dict[str, Path]:
+    """Draw the plots beside the results file; only those that the results have data for.
+
+    Returns:
+        What each shows, and where it is.
+    """
+    made = {}
+    shown = {"Speed over length": _speed_plot, "Time over sparsity": _sparsity_plot}
+    with matplotlib.rc_context({"font.size": 10, "font.family": "DejaVu Sans"}):
+        for title, draw in shown.items():
+            figure = draw(results)
+            if any(axes.lines for axes in figure.axes):
+                made[title] = results.path.with_name(f"{results.path.stem}-{title.split()[-1]}.png")
+                figure.savefig(made[title], dpi=110, facecolor="white")
+    return made
+
+
+def newest_complete(folder: Path) -> list[Path]:
+    """The last results file of each machine, without those of partial runs."""
+    newest: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.json")):
+        if found := re.fullmatch(r"(.+)-\d{4}-\d{2}-\d{2}", path.stem):
+            newest[found[1]] = path
+    return list(newest.values())
+
+
+def write_between_markers(readme: Path, text: str) -> None:
+    """Replace what stands between the markers.
+
+    Raises:
+        ValueError: if the file does not have one pair of them.
+    """
+    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", readme.read_text())
+    if [parts[i] for i in range(1, len(parts), 2)] != [BEGIN, END]:
+        raise ValueError(f"{readme}: expected one line {BEGIN} and after it one line {END}")
+    parts[2] = f"\n{text}\n"
+    readme.write_text("".join(parts))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="the newest of each machine by default")
+    parser.add_argument(
+        "--readme", type=Path, default=ROOT / "README.md", help="README.md of this repository by default"
+    )
+    parser.add_argument("--stdout", action="store_true", help="print the tables and leave the README alone")
+    options = parser.parse_args(argv)
+    paths = options.results or newest_complete(ROOT / "benchmarks" / "results")
+    if not paths:
+        parser.error("no results in benchmarks/results/: run benchmarks/run.py first")
+    reports = []
+    for results in map(Results.load, paths):
+        images = {title: os.path.relpath(image, options.readme.parent) for title, image in plots(results).items()}
+        reports.append(markdown(results, images))
+    text = "\n\n".join(reports)
+    if options.stdout:
+        print(text)
+    else:
+        write_between_markers(options.readme, text)
+        print(f"written: {options.readme}")
+
+
+if __name__ == "__main__":
+    main()
