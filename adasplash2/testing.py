@@ -209,7 +209,7 @@ def _ratio(numerator: Tensor, denominator: Tensor, at_most: Tensor) -> Tensor:
 
 
 def _alpha_bound(m: _Moves, g: Tensor, g_error: Tensor, alpha: float | Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Per row (..., 1): the square of the bound of dalpha, and its natural scale.
+    """What each key may add to the error of its row's dalpha, and its natural scale there.
 
     The Jacobian of the reference is (A_sum B - A B_sum) / ((alpha - 1) ** 2 sum w).
     """
@@ -228,8 +228,7 @@ def _alpha_bound(m: _Moves, g: Tensor, g_error: Tensor, alpha: float | Tensor, e
         + m.a * b_move_sum
         + jacobian * (alpha - 1) ** 2 * w_move_sum
     ) / scale_low
-    bound = g.abs() * (moved + eps * terms) + g_error * (jacobian + moved)
-    return bound.square().sum(-1, keepdim=True), (g.abs() * terms).sum(-1, keepdim=True)
+    return g.abs() * (moved + eps * terms) + g_error * (jacobian + moved), g.abs() * terms
 
 
 def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Truth:
@@ -302,9 +301,9 @@ def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Tr
             total["dq"][:, :, rows] = abs(request.scale) * (part_ds @ dense.k.abs())
             total["dk"] += abs(request.scale) * (part_ds.mT @ part.q.abs())
         if "dalpha" in values:
-            row_bound, row_natural = _alpha_bound(m, g, g_error, dense.alpha, _rounding("dalpha", acc))
-            scores["dalpha"] += row_bound.sum((0, 2, 3))
-            natural["dalpha"] += row_natural.sum((0, 2, 3))
+            key_bound, key_natural = _alpha_bound(m, g, g_error, dense.alpha, _rounding("dalpha", acc))
+            scores["dalpha"] += key_bound.square().sum((0, 2, 3))
+            natural["dalpha"] += key_natural.sum((0, 2, 3))
 
     if "dalpha" in values:
         scores["dalpha"] = scores["dalpha"].sqrt()
@@ -371,10 +370,11 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
         still = torch.zeros_like(w)
         m = _Moves(p64, w, still, still, w, w, b_term, a_term, still, still, p64 > 0, p64 > 0, still, still)
         bound, scale = _alpha_bound(m, g, still, used_alpha, _rounding("dalpha", acc))
-        # The reference takes the sum of p for 1. Formulas that do not differ by how far the rounded p is from it.
-        excess = (p64.sum(-1, keepdim=True) - 1).abs() / (used_alpha - 1) ** 2
+        # The reference takes the sum of p for 1. Formulas that do not differ by how far the rounded p, or its sum, is off.
+        off_one = (p64.sum(-1, keepdim=True) - 1).abs() + _rounding("dalpha", acc)
+        excess = off_one / (used_alpha - 1) ** 2
         excess = excess * (g.abs() * (p64 + _ratio(w, w_sum, torch.ones_like(w)))).sum(-1, keepdim=True)
-        truth.add("dalpha", dalpha, bound[:, 0].sqrt(), 2 * excess[:, 0], scale[:, 0])
+        truth.add("dalpha", dalpha, bound.sum(-1), 2 * excess[:, 0], scale.sum(-1))
     return truth
 
 
@@ -622,9 +622,9 @@ def make_inputs(
 
     Args:
         kind: "iid" (scores of standard deviation 1), "narrow" (0.03: near-uniform weights), "wide" (3.5), "topics"
-            (each segment of 128 tokens has one of 32 orthonormal directions; its queries want a random subset of them, their
-            own included: block-sparse, as trained models are), "drifting" (both follow a random walk), "ties" (small
-            integers: many equal scores) or "equal" (all keys of a head are one).
+            (each segment of 128 tokens has one of 32 orthonormal directions; its queries want a random subset of them,
+            their own included: block-sparse, as trained models are), "drifting" (both follow a random walk), "ties"
+            (small integers: many equal scores) or "equal" (all keys of a head are one).
         batch, heads_q, seqlen_q, head_dim: shape of q.
         heads_kv, seqlen_k: the same as q's unless given.
         head_dim_v: head_dim unless given.

@@ -62,9 +62,8 @@ def test_softmax_is_the_limit():
     assert ((p - log_p.exp()).abs() <= (alpha - 1) * log_p.square().amax() * log_p.exp()).all()
 
 
-@pytest.mark.parametrize("alpha", [1.3, 1.5, 1.8])
+@pytest.mark.parametrize("alpha", [1.05, 1.3, 1.5, 1.8])
 def test_entmax_gradients_against_the_package(alpha):
-    """Not at smaller alpha: the package's own rounding grows like (alpha - 1) ** -2."""
     x = scores("iid").requires_grad_()
     alpha_rows = torch.full((len(x),), alpha, dtype=x.dtype, requires_grad=True)
     dp = scores("ties")
