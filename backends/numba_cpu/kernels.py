@@ -781,18 +781,40 @@ def dense_forward(
 
 
 @helper
-def alpha_sums(p, dp, n, size, like):
-    """(sum p dp, sum h, sum h dp) with h = -p log p, the sums that the gradient of alpha is made of."""
-    p_dp, h_sum, h_dp = 0.0, 0.0, 0.0
+def exp_remainder(y):
+    """exp(y) - 1 - y, without cancellation."""
+    if abs(y) > 0.1:
+        return math.expm1(y) - y
+    series = 1.0
+    for k in range(10, 2, -1):
+        series = 1.0 + series * y / k
+    return 0.5 * y * y * series
+
+
+@helper
+def alpha_gradient(p, dp, n, alpha, size, like):
+    """sum_j dp_j dp_j/dalpha of one row (Correia et al. 2019), rearranged so that nothing cancels as alpha nears 1.
+
+    With y = -(alpha - 1) log p, e = exp(y) - 1 and g = e - y, and their means Y, E, G under p:
+    dp/dalpha = p (G - Y e + E y - g) / ((1 + E) (alpha - 1)**2).
+    """
+    y_mean, e_mean, g_mean = 0.0, 0.0, 0.0
     for j in range(n):
         x = np.float64(load(p + j * size, like))
         if x > 0.0:
-            d = np.float64(load(dp + j * size, like))
-            h = -x * math.log(x)
-            p_dp += x * d
-            h_sum += h
-            h_dp += h * d
-    return p_dp, h_sum, h_dp
+            y = (1.0 - alpha) * math.log(x)
+            g = exp_remainder(y)
+            y_mean += x * y
+            e_mean += x * (g + y)
+            g_mean += x * g
+    total = 0.0
+    for j in range(n):
+        x = np.float64(load(p + j * size, like))
+        if x > 0.0:
+            y = (1.0 - alpha) * math.log(x)
+            g = exp_remainder(y)
+            total += x * load(dp + j * size, like) * (g_mean - y_mean * (g + y) + e_mean * y - g)
+    return total / ((1.0 + e_mean) * (alpha - 1.0) * (alpha - 1.0))
 
 
 @stage
@@ -866,8 +888,7 @@ def dq(
                     w_dp += w * load(row_ds + j * size, like)
                 delta = w_dp / w_sum
                 if dalpha:
-                    p_dp, h_sum, h_dp = alpha_sums(row_p, row_ds, n, size, like)
-                    dalpha_row = ((p_dp - delta) * r + (h_dp - delta * h_sum)) * r
+                    dalpha_row = alpha_gradient(row_p, row_ds, n, alpha, size, like)
                 d, s = cast(delta, like), cast(scale, like)
                 for j in range(n):
                     w = load(weights + j * size, like)
@@ -1069,8 +1090,7 @@ def dense_backward(
                     dot_rows(weights, dp, 0, zeros, 1, seen, scratch, like)
                     delta = load(scratch, like) / w_sum
                     if dalpha:
-                        p_dp, h_sum, h_dp = alpha_sums(u, dp, seen, size, like)
-                        dalpha_row = ((p_dp - delta) * r + (h_dp - delta * h_sum)) * r
+                        dalpha_row = alpha_gradient(u, dp, seen, alpha, size, like)
                     shift_row(dp, seen, delta, dp)
                     multiply_rows(dp, weights, seen, cast(scale, like), dp)
                 fill(u + seen * size, dense_columns(end, size) - seen, zero, size)
@@ -1142,7 +1162,6 @@ def entmax_rows_backward(counter, workspace, n_rows, n, p, dp, alphas, dx, dalph
             break
         for row in range(row0, min(row0 + ENTMAX_ROWS, n_rows)):
             alpha = load(alphas + row * 8, 0.0)
-            r = 1.0 / (alpha - 1.0)
             row_p, row_dp, row_dx = p + row * n * size, dp + row * n * size, dx + row * n * size
             power_row(row_p, n, cast(2.0 - alpha, like), w)
             w_sum, _ = power_sums(w, n, cast(0.0, like), cast(2.0, like))
@@ -1151,5 +1170,4 @@ def entmax_rows_backward(counter, workspace, n_rows, n, p, dp, alphas, dx, dalph
             shift_row(row_dp, n, delta, row_dx)
             multiply_rows(row_dx, w, n, cast(1.0, like), row_dx)
             if dalpha:
-                p_dp, h_sum, h_dp = alpha_sums(row_p, row_dp, n, size, like)
-                store(dalpha + row * 8, ((p_dp - delta) * r + (h_dp - delta * h_sum)) * r)
+                store(dalpha + row * 8, alpha_gradient(row_p, row_dp, n, alpha, size, like))
