@@ -370,7 +370,7 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
         still = torch.zeros_like(w)
         m = _Moves(p64, w, still, still, w, w, b_term, a_term, still, still, p64 > 0, p64 > 0, still, still)
         bound, scale = _alpha_bound(m, g, still, used_alpha, _rounding("dalpha", acc))
-        # The reference takes the sum of p for 1. Formulas that do not differ by how far the rounded p, or its sum, is off.
+        # The reference takes the sum of p for 1. Formulas that do not differ by how far rounding has taken it from 1.
         off_one = (p64.sum(-1, keepdim=True) - 1).abs() + _rounding("dalpha", acc)
         excess = off_one / (used_alpha - 1) ** 2
         excess = excess * (g.abs() * (p64 + _ratio(w, w_sum, torch.ones_like(w)))).sum(-1, keepdim=True)

@@ -49,6 +49,13 @@ def test_every_kind_of_input(target, dtype, kind, alpha):
     assert_attention(registry.resolve(request, target.name), request, dout)
 
 
+@pytest.mark.parametrize("kind", INPUT_KINDS)
+def test_alpha_per_head(target, kind):
+    alphas = (1.01, 1.05, 1.3, 1.5, 1.6, 2.0)
+    request, dout = Case(120, 150, head_dim=64, group=6, kind=kind, alpha=alphas, is_causal=True).build(target.device)
+    assert_attention(registry.resolve(request, target.name), request, dout)
+
+
 @pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, 4100])
 @pytest.mark.parametrize("kind", ["iid", "narrow", "topics"])
 def test_many_keys(target, kind, seqlen_k):
