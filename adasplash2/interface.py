@@ -33,7 +33,7 @@ def attention(
     seqlens_k: Array | None = None,
     backend: str = DEFAULT_BACKEND,
     return_tau: bool = False,
-) -> Array | tuple[Array, Array]:
+) -> Any:
     """α-entmax attention: softmax attention's shape and use, with weights of which most are exactly zero.
 
     For one query row (AdaSplash-2, arXiv 2604.15180)::

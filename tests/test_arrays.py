@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def numpy_qkv(dtype=np.float32):
 def test_numpy_in_numpy_out(dtype):
     arrays = numpy_qkv(dtype)
     alpha, lengths = np.array([1.5, 1.2, 2.0, 1.7], dtype), np.array([7, 2])
-    options = {"is_causal": True, "backend": "reference"}
+    options: dict[str, Any] = {"is_causal": True, "backend": "reference"}
     out, tau = adasplash2.attention(*arrays, alpha=alpha, seqlens_k=lengths, return_tau=True, **options)
     expected, expected_tau = adasplash2.attention(
         *map(torch.tensor, arrays),
@@ -75,8 +76,9 @@ def test_numpy_for_the_others():
     for alpha in (1, 1.5, np.full((4, 1, 1), 1.5)):
         p = adasplash2.entmax(q, alpha, -2, backend="reference")
         assert isinstance(p, np.ndarray)
-        alpha = torch.tensor(alpha) if isinstance(alpha, np.ndarray) else alpha
-        np.testing.assert_array_equal(p, adasplash2.entmax(torch.tensor(q), alpha, -2, backend="reference").numpy())
+        same_alpha = torch.tensor(alpha) if isinstance(alpha, np.ndarray) else alpha
+        expected_p = adasplash2.entmax(torch.tensor(q), same_alpha, -2, backend="reference")
+        np.testing.assert_array_equal(p, expected_p.numpy())
 
 
 def read_only(array):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,9 @@ class FakeBackend:
     def backward(self, request, tau, saved, dout):
         self.asked.append("backward")
         self.requests.append(request)
-        return AttentionGrads(*(torch.zeros_like(t) for t in (request.q, request.k, request.v)), None)
+        return AttentionGrads(
+            torch.zeros_like(request.q), torch.zeros_like(request.k), torch.zeros_like(request.v), None
+        )
 
     def support(self, request, block_m, block_n):
         self.asked.append("support")
@@ -174,7 +177,7 @@ class TestSelect:
 
     @pytest.mark.parametrize("feature", sorted(FEATURES))
     def test_a_feature_that_a_backend_does_not_list_is_refused_without_its_help(self, feature):
-        options = {
+        options: dict[str, dict[str, Any]] = {
             "alpha per head": {"alpha_heads": torch.full((2,), 1.5)},
             "causal mask": {"is_causal": True},
             "padded seqlens": {"seqlens_k": torch.tensor([3]), "seqlens_q": torch.tensor([3])},
@@ -284,7 +287,7 @@ class TestRegistry:
         with pytest.raises(ValueError, match="name='b': expected 'a', the backend's own name"):
             registry.register("b", FakeBackend("a"))
         with pytest.raises(TypeError, match=r"source=3: expected a module path or an object"):
-            registry.register("c", 3)
+            registry.register("c", 3)  # type: ignore[arg-type]
         assert registry.names() == ()
 
     def test_unknown_names_are_told_the_known_ones(self, fakes):

@@ -35,9 +35,8 @@ def qkv(batch=2, heads_q=4, heads_kv=2, seqlen_q=5, seqlen_k=7, head_dim=8, head
 
 
 def attention_arguments(requires_grad, dtype=torch.float32, **options):
-    request = AttentionRequest(
-        *qkv(dtype=dtype, requires_grad=requires_grad), 0.5, save_for_backward=requires_grad, **options
-    )
+    q, k, v = qkv(dtype=dtype, requires_grad=requires_grad)
+    request = AttentionRequest(q, k, v, 0.5, save_for_backward=requires_grad, **options)
     return *(getattr(request, field.name) for field in fields(request)), "reference"
 
 
@@ -137,7 +136,8 @@ class TestAutograd:
         one = torch.tensor(1.5, requires_grad=True)
         for alpha in (heads, one):
             adasplash2.attention(*inputs, alpha=alpha, backend="reference").square().sum().backward()
-        assert heads.grad.abs().min() > 0
+        assert heads.grad is not None
+        assert heads.grad.all()
         torch.testing.assert_close(one.grad, heads.grad.sum())
 
     @pytest.mark.parametrize("call", ["attention", "entmax"])
@@ -324,17 +324,17 @@ class TestCompile:
         with FakeTensorMode() as mode:
             q, k, v = (mode.from_tensor(tensor) for tensor in qkv())
             out, tau = adasplash2.attention(q, k, v, backend="reference", return_tau=True)
-            out.sum().backward()
+            (dq,) = torch.autograd.grad(out.sum(), q)
             assert out.shape == (2, 4, 5, 3)
             assert tau.shape == (2, 4, 5)
-            assert q.grad.shape == q.shape
+            assert dq.shape == q.shape
 
     def test_bad_values_are_found_in_a_compiled_call(self):
         def call(q, k, v, lengths):
             return adasplash2.attention(q, k, v, seqlens_k=lengths, backend="reference")
 
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        inputs = qkv(requires_grad=False)
-        compiled(*inputs, torch.tensor([7, 0]))
+        q, k, v = qkv(requires_grad=False)
+        compiled(q, k, v, torch.tensor([7, 0]))
         with pytest.raises(ValueError, match="seqlens_k has entries from 0 to 8"):
-            compiled(*inputs, torch.tensor([8, 0]))
+            compiled(q, k, v, torch.tensor([8, 0]))

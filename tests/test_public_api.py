@@ -34,7 +34,7 @@ MASKS = (
 )
 SIGNATURES = {
     "attention": "(q: Array, k: Array, v: Array, *, alpha: float | Array = 1.5, "
-    f"{MASKS}, backend: str = 'auto', return_tau: bool = False) -> Array | tuple[Array, Array]",
+    f"{MASKS}, backend: str = 'auto', return_tau: bool = False) -> Any",
     "explain": "(q: Array, k: Array, v: Array, *, alpha: float | Array = 1.5, "
     f"{MASKS}, backend: str = 'auto', return_tau: bool = False) -> Explanation",
     "support": "(q: Array, k: Array, *, alpha: float | Array = 1.5, "
@@ -99,8 +99,7 @@ def test_available_backends_has_every_backend():
     available = adasplash2.available_backends()
     assert list(available) == ["triton", "cupy", "numba", "reference"]
     assert available["reference"] is None
-    for reason in available.values():
-        assert reason is None or (isinstance(reason, str) and reason)
+    assert all(reason is None or len(reason) > 0 for reason in available.values())
 
 
 def test_attention_returns_out_or_out_and_tau():

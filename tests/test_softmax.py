@@ -10,6 +10,11 @@ import torch
 import adasplash2
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def dense(q, k, v, is_causal, scale, lengths_q, lengths_k):
     """Softmax attention, one row at a time."""
     group = q.shape[1] // k.shape[1]
@@ -28,25 +33,23 @@ def dense(q, k, v, is_causal, scale, lengths_q, lengths_k):
 @pytest.mark.parametrize("padded", [None, "q", "k", "qk"])
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(6, 6), (4, 7), (7, 4), (1, 5), (5, 1)])
 def test_attention(seqlen_q, seqlen_k, padded, is_causal):
-    torch.manual_seed(0)
     batch, scale = 3, 0.7
     shapes = (batch, 4, seqlen_q, 5), (batch, 2, seqlen_k, 5), (batch, 2, seqlen_k, 3)
     q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
     lengths_q = [seqlen_q, 0, 1] if padded in ("q", "qk") else [seqlen_q] * batch
     lengths_k = [1, seqlen_k, 0] if padded in ("k", "qk") else [seqlen_k] * batch
-    options = {"seqlens_q": torch.tensor(lengths_q)} if padded in ("q", "qk") else {}
-    if padded in ("k", "qk"):
-        options["seqlens_k"] = torch.tensor(lengths_k, dtype=torch.int32)
-        for b, n in enumerate(lengths_k):
-            k[b, :, n:] = v[b, :, n:] = torch.nan
-    if padded in ("q", "qk"):
-        for b, n in enumerate(lengths_q):
-            q[b, :, n:] = torch.nan
+    seqlens_q = torch.tensor(lengths_q) if padded in ("q", "qk") else None
+    seqlens_k = torch.tensor(lengths_k, dtype=torch.int32) if padded in ("k", "qk") else None
+    for b in range(batch):
+        q[b, :, lengths_q[b] :] = torch.nan
+        k[b, :, lengths_k[b] :] = v[b, :, lengths_k[b] :] = torch.nan
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
     copies = [tensor.detach().clone().requires_grad_() for tensor in inputs]
 
-    out = adasplash2.attention(*inputs, alpha=1.0, is_causal=is_causal, scale=scale, **options)
-    expected = dense(*copies, is_causal, scale, lengths_q, lengths_k)
+    out = adasplash2.attention(
+        q, k, v, alpha=1.0, is_causal=is_causal, scale=scale, seqlens_q=seqlens_q, seqlens_k=seqlens_k
+    )
+    expected = dense(copies[0], copies[1], copies[2], is_causal, scale, lengths_q, lengths_k)
     torch.testing.assert_close(out, expected)
 
     dout = torch.randn_like(out)
