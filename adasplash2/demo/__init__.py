@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _MAP_TOKENS = 32
-_STEPS_BETWEEN_MEASUREMENTS = 10
+# A model this young gains more from many steps than from large batches.
+_BATCH = 1
+_STEPS_BETWEEN_MEASUREMENTS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options to a parser."""
-    parser.add_argument("--steps", type=_integer(1), default=240, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_integer(1), default=400, help="training steps (default: %(default)s)")
     parser.add_argument(
         "--seqlen", type=_integer(_MAP_TOKENS), default=1024, help="tokens per sequence (default: %(default)s)"
     )
@@ -120,7 +122,8 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
     )
     with progress, _interruptible() as interrupted:
         task = progress.add_task("training", total=args.steps, state="")
-        for step in train(learners, corpus, steps=args.steps, seqlen=args.seqlen, seed=args.seed, seconds=args.seconds):
+        plan = {"steps": args.steps, "batch": _BATCH, "seqlen": args.seqlen, "seed": args.seed, "seconds": args.seconds}
+        for step in train(learners, corpus, **plan):
             if step % _STEPS_BETWEEN_MEASUREMENTS == 0:
                 measure_zeros(step)
             state = "  ".join(

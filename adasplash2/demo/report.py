@@ -155,8 +155,8 @@ def _draw_losses(axes: Axes, results: Results) -> None:
         losses = torch.tensor(learner.losses)
         mean = F.avg_pool1d(losses[None], 9, stride=1, padding=4, count_include_pad=False)[0]
         steps = range(1, len(losses) + 1)
-        axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, mean, color=color, label=f"{learner.name} ({held_out:.3f} on held-out text)")
+        axes.plot(steps, losses.numpy(), color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(steps, mean.numpy(), color=color, label=f"{learner.name} ({held_out:.3f} on held-out text)")
     axes.set(title="training loss, and its mean over 9 steps", xlabel="step", ylabel="nats per token")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -181,8 +181,8 @@ def _draw_support(axes: Axes, results: Results) -> None:
     axes.axhline(results.visible_keys, color=_COLORS[1], label="softmax: every key that is visible")
     axes.set(title="support: keys with a weight above zero", xlabel="layer (a bar for each head)")
     axes.set(ylabel="mean keys per query", yscale="log", xticks=range(layers))
-    axes.set_ylim(bottom=1)
-    axes.legend()
+    axes.set_ylim(1, 2 * results.visible_keys)
+    axes.legend(loc="upper left")
     axes.grid(alpha=0.3, axis="y")
 
 
@@ -192,7 +192,7 @@ def _draw_map(axes: Axes, title: str, weights: Tensor, labels: Sequence[str]) ->
     _shade_invisible(axes, visible)
     # Exact zeros are left out and stay white; every other weight has a colour, however small it is.
     image = axes.imshow(
-        torch.where(weights > 0, weights, torch.nan), cmap="viridis_r", norm=LogNorm(1e-3, 1, clip=True)
+        torch.where(weights > 0, weights, torch.nan).numpy(), cmap="viridis_r", norm=LogNorm(1e-3, 1, clip=True)
     )
     colors = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     colors.ax.tick_params(labelsize=7)
@@ -208,9 +208,9 @@ def _draw_blocks(axes: Axes, stats: SupportStats, head: int) -> None:
     seqlen = stats.size.shape[-1]
     extent = (0.0, float(seqlen), float(seqlen), 0.0)
     _shade_invisible(axes, visible, extent)
-    axes.imshow(torch.where(blocks, 1.0, torch.nan), cmap=ListedColormap([_COLORS[0]]), extent=extent)
+    axes.imshow(torch.where(blocks, 1.0, torch.nan).numpy(), cmap=ListedColormap([_COLORS[0]]), extent=extent)
     axes.set(
-        title=f"entmax: the same head, a whole sequence, {stats.block_m} x {stats.block_n} blocks\n"
+        title=f"entmax: this head's {stats.block_m} x {stats.block_n} blocks, whole sequence\n"
         f"{1 - share:.0%} of the visible blocks hold zeros alone (white)",
         xlabel="key",
         ylabel="query",
@@ -218,4 +218,4 @@ def _draw_blocks(axes: Axes, stats: SupportStats, head: int) -> None:
 
 
 def _shade_invisible(axes: Axes, visible: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
-    axes.imshow(torch.where(visible, torch.nan, 1.0), cmap=ListedColormap(["0.9"]), extent=extent)
+    axes.imshow(torch.where(visible, torch.nan, 1.0).numpy(), cmap=ListedColormap(["0.9"]), extent=extent)

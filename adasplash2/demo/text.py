@@ -13,17 +13,18 @@ from torch import Tensor
 
 __all__ = ["Corpus", "Tokenizer", "load_corpus"]
 
-# A line break with the indentation after it, a word with the space before it, or any other byte.
-_PIECE = re.compile(rb"\n *| ?[A-Za-z]+|.", re.DOTALL)
+# A line break with the indentation after it; letters, or signs, with the space before them; any other byte.
+_PIECE = re.compile(rb"\n *| ?[A-Za-z]+| ?[^\sA-Za-z0-9]+|.", re.DOTALL)
 
 
 class Tokenizer:
-    """The 256 bytes, and the most frequent words and indentations of a text.
+    """The 256 bytes, and the most frequent words, signs and indentations of a text.
 
-    A piece outside the vocabulary is spelled in bytes, so every text can be encoded.
+    A piece of text outside the vocabulary is spelled by the longest tokens that fit, in the end by bytes, so every
+    text can be encoded.
     """
 
-    def __init__(self, text: bytes, vocab_size: int = 1024) -> None:
+    def __init__(self, text: bytes, vocab_size: int = 2048) -> None:
         """Builds the vocabulary.
 
         Args:
@@ -31,11 +32,12 @@ class Tokenizer:
             vocab_size: number of tokens, at least 256. A short text may give fewer.
         """
         if vocab_size < 256:
-            raise ValueError(f"vocab_size is {vocab_size}; expected at least 256, one token for each byte")
+            raise ValueError(f"vocab_size={vocab_size}: expected at least 256, one token for each byte")
         counts = Counter(piece for piece in _PIECE.findall(text) if len(piece) > 1)
         self.pieces = [bytes([byte]) for byte in range(256)]
         self.pieces += [piece for piece, _ in counts.most_common(vocab_size - 256)]
         self._ids = {piece: token for token, piece in enumerate(self.pieces)}
+        self._spelling: dict[bytes, list[int]] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -44,14 +46,14 @@ class Tokenizer:
 
     def encode(self, text: bytes) -> Tensor:
         """The tokens of a text: (n,) int64."""
-        tokens: list[int] = []
-        for piece in _PIECE.findall(text):
-            token = self._ids.get(piece)
-            if token is None:
-                tokens.extend(piece)
-            else:
-                tokens.append(token)
-        return torch.tensor(tokens)
+        return torch.tensor([token for piece in _PIECE.findall(text) for token in self._spell(piece)])
+
+    def _spell(self, piece: bytes) -> list[int]:
+        if piece not in self._spelling:
+            end = next(end for end in range(len(piece), 0, -1) if piece[:end] in self._ids)
+            rest = self._spell(piece[end:]) if end < len(piece) else []
+            self._spelling[piece] = [self._ids[piece[:end]], *rest]
+        return self._spelling[piece]
 
     def decode(self, tokens: Tensor) -> bytes:
         """The text that (n,) tokens stand for."""
@@ -96,7 +98,7 @@ class Corpus:
         return window[:, :-1], window[:, 1:]
 
 
-def load_corpus(seqlen: int, vocab_size: int = 1024, folder: Path | None = None) -> Corpus:
+def load_corpus(seqlen: int, vocab_size: int = 2048, folder: Path | None = None) -> Corpus:
     """Reads and encodes the modules at the top of a folder; every tenth file is held out.
 
     Args:

@@ -18,7 +18,7 @@ from adasplash2.demo.text import Corpus
 
 __all__ = ["Learner", "TimedAttend", "held_out_loss", "support_per_layer", "train"]
 
-_PEAK_LEARNING_RATE = 6e-3
+_PEAK_LEARNING_RATE = 4e-3
 _WARMUP_STEPS = 20
 
 
