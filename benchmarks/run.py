@@ -46,6 +46,8 @@ RESULTS = Path(__file__).parent / "results"
 # What a row may say of its provider, besides "timed" and "skipped" (it does not serve the case).
 UNHEALTHY = ("refused", "failed")
 
+BUSY = 0.3  # load per core at the start
+
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
@@ -130,8 +132,8 @@ def _admit(
         gate.check(ready.forward, provider.function, backward=ready.no_backward is None)
     except AssertionError as error:
         return None, "refused", str(error)
-    except RuntimeError as error:
-        return None, "failed", str(error)
+    except Exception as error:  # whatever it is, the others are still to be timed, and the exit status tells
+        return None, "failed", f"{type(error).__name__}: {error}"
     return ready, "timed", None
 
 
@@ -151,13 +153,14 @@ def _cells(row: Row) -> tuple[str, str, str]:
 
 
 def _table(case: Case, support: dict[str, float], rows: list[Row], modes: Sequence[str]) -> Table:
-    density = f"{support['size']:.4g} keys a row, {support['elements']:.2%} of the elements"
+    density = f"support {support['size']:.4g} keys a row, {support['elements']:.2%}"
     if "blocks" in support:
-        density += f", {support['blocks']:.0%} of the blocks"
-    table = Table(title=f"[bold]{case.name}[/]: {density}", title_justify="left", title_style="", box=None)
-    table.add_column(f"speed against {baseline(case)}")
+        density += f" of the elements, {support['blocks']:.0%} of the blocks"
+    title = f"\n[bold]{case.name}[/]: {density}; speed in units of {baseline(case)}'s"
+    table = Table(title=title, title_justify="left", title_style="", box=None)
+    table.add_column("")
     for mode in modes:
-        for heading in (f"{mode} ms", "times (20 to 80%)", "MB"):
+        for heading in (f"{mode} ms", "speed (20 to 80%)", "MB"):
             table.add_column(heading, justify="right", no_wrap=True)
     by_provider: dict[str, list[Row]] = {}
     for row in rows:
@@ -179,7 +182,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu by default")
     parser.add_argument("--seconds", type=float, help="timed per case: 4 by default, 0.5 with --quick")
     parser.add_argument("--quick", action="store_true", help="the short cases, few rounds")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="by default benchmarks/results/MACHINE-DATE.json")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="MACHINE-DATE.json in results/ by default")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     return parser
 
@@ -207,37 +210,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
+    chosen = [
+        provider
+        for provider in everyone
+        if not options.provider or any(fnmatch(provider.name, pattern) for pattern in options.provider)
+    ]
+    unfiltered = not (options.case or options.provider or options.mode)
+
     results: dict[str, Any] = {"stamp": stamp(options.device), "cases": [], "rows": []}
     console = Console()
-    with _progress(console) as progress:
-        _time_cases(cases, everyone, options, results, progress)
-        if not (options.case or options.provider or options.mode):
-            task = progress.add_task("initialisations", total=1)
-            results["initialisations"] = initialisation.compare()
-            initialisation.show(results["initialisations"], console)
-            progress.update(task, description="first calls")
-            results["first_calls"] = first_call.first_calls(options.device.type)
-            first_call.show(results["first_calls"], console)
-            progress.advance(task)
-    path = options.json or RESULTS / f"{machine_slug(results['stamp'])}-{results['stamp']['date'][:10]}.json"
+    load = results["stamp"]["load_average"]
+    if load is not None and load > BUSY * results["stamp"]["cores"]:
+        console.print(f"[yellow]this machine is busy (load {load:.1f}): trust the ratios, not the times[/]")
+    complete = unfiltered and not options.quick
+    try:
+        with _progress(console) as progress:
+            _time_cases(cases, chosen, options, results, progress)
+            if unfiltered:
+                _extras(options.device, results, progress)
+    except KeyboardInterrupt:
+        complete = False
+        console.print("interrupted: keeping what was measured")
+    name = f"{machine_slug(results['stamp'])}-{results['stamp']['date'][:10]}"
+    path = options.json or RESULTS / (f"{name}.json" if complete else f"{name}-partial.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written: {path}")
+    console.print(f"written: {path}", soft_wrap=True)
     return int(any(row["status"] in UNHEALTHY for row in results["rows"]))
 
 
 def _time_cases(
     cases: Sequence[Case],
-    everyone: Sequence[Provider],
+    chosen: Sequence[Provider],
     options: argparse.Namespace,
     results: dict[str, Any],
     progress: Progress,
 ) -> None:
-    competitors = [
-        provider
-        for provider in everyone
-        if not options.provider or any(fnmatch(provider.name, pattern) for pattern in options.provider)
-    ]
     modes = [mode for mode in MODES if not options.mode or mode in options.mode]
     seconds, min_rounds = (0.5, 3) if options.quick else (4.0, 5)
     if options.seconds is not None:
@@ -250,7 +258,7 @@ def _time_cases(
 
         say("measuring the support")
         support = case.support(case.inputs(options.device)[0])
-        rows = time_case(case, competitors, modes, options.device, seconds, min_rounds, say)
+        rows = time_case(case, chosen, modes, options.device, seconds, min_rounds, say)
         results["cases"].append(case.describe() | {"support": support})
         results["rows"] += rows
         progress.console.print(_table(case, support, rows, modes))
@@ -259,6 +267,17 @@ def _time_cases(
                 message = f"[red]{row['provider']} {row['mode']} {row['status']}[/]: {escape(row['reason'])}"
                 progress.console.print(message, highlight=False)
         progress.advance(task)
+
+
+def _extras(device: torch.device, results: dict[str, Any], progress: Progress) -> None:
+    """What a run of all cases adds to them."""
+    task = progress.add_task("initialisations", total=2)
+    results["initialisations"] = initialisation.compare()
+    initialisation.show(results["initialisations"], progress.console)
+    progress.update(task, advance=1, description="first calls")
+    results["first_calls"] = first_call.first_calls(device.type)
+    first_call.show(results["first_calls"], progress.console)
+    progress.advance(task)
 
 
 def _progress(console: Console) -> Progress:

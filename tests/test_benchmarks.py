@@ -1,0 +1,216 @@
+"""The benchmarks run, measure what they say, and give no time to a provider that is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import adasplash2
+
+# Scripts, started as files: their folder is no package.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+
+import cases
+import initialisation
+import measure
+import report
+import run
+from providers import Provider, Ready
+
+CPU = torch.device("cpu")
+TINY = cases.Case("iid", 64, heads=2)
+
+
+@pytest.fixture(scope="module")
+def results_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one tiny case."""
+    path = tmp_path_factory.mktemp("results") / "tiny-2026-01-01.json"
+    providers = ("--provider", "numba", "--provider", "sdpa-f32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cases, "CASES", (TINY,))
+        assert run.main([*providers, "--mode", "fwd_bwd", "--seconds", "0", "--json", str(path)]) == 0
+    return path
+
+
+def test_results_file(results_file: Path) -> None:
+    found = json.loads(results_file.read_text())
+    assert {"commit", "date", "threads", "info"} <= found["stamp"].keys()
+    assert found["stamp"]["info"]["torch"] == torch.__version__
+    (case,) = found["cases"]
+    q, k, _ = TINY.inputs(CPU)[0]
+    stats = adasplash2.support(q, k, is_causal=True, backend="reference")
+    assert case["name"] == TINY.name
+    assert case["support"]["elements"] == pytest.approx(stats.element_density)
+    rows = {row["provider"]: row for row in found["rows"]}
+    assert rows.keys() == {"numba", "sdpa-f32"}
+    for row in rows.values():
+        assert (row["status"], row["mode"], row["rounds"]) == ("timed", "fwd_bwd", 5)
+        median, q20, q80 = row["ms"]
+        assert 0 < q20 <= median <= q80
+        assert row["against"] == "sdpa-f32"
+    assert rows["sdpa-f32"]["speedup"] == [1, 1, 1]
+
+
+def test_report_shows_the_results(results_file: Path, tmp_path: Path) -> None:
+    results = report.Results.load(results_file)
+    images = report.plots(results)
+    assert all(image.read_bytes().startswith(b"\x89PNG") for image in images.values())
+    assert images.keys() == {"Speed over length"}
+    speed = results.rows[TINY.name, "numba", "fwd_bwd"]["speedup"][0]
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    report.main([str(results_file), "--readme", str(readme)])
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n")
+    assert text.endswith(f"\n{report.END}\nafter\n")
+    assert "old" not in text
+    assert f"{speed:.2f}" in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="benchmarks:begin"):
+        report.main([str(results_file), "--readme", str(readme)])
+
+
+def right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return adasplash2.attention(q, k, v, is_causal=True, scale=TINY.scale, backend="reference")
+
+
+def scaled_gradient(x: Tensor) -> Tensor:
+    return x.detach() + 1.001 * (x - x.detach())
+
+
+def one_nan(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = right(q, k, v).clone()
+    out[0, 1, 17, 3] = torch.nan
+    return out
+
+
+def raises(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    raise RuntimeError("out of order")
+
+
+WRONG: dict[str, tuple[Callable[..., Tensor], str, str]] = {
+    "out off by 0.1 %": (lambda q, k, v: 1.001 * right(q, k, v), "refused", "out"),
+    "dq off by 0.1 %": (lambda q, k, v: right(scaled_gradient(q), k, v), "refused", "dq"),
+    "dk off by 0.1 %": (lambda q, k, v: right(q, scaled_gradient(k), v), "refused", "dk"),
+    "dv off by 0.1 %": (lambda q, k, v: right(q, k, scaled_gradient(v)), "refused", "dv"),
+    "no mask": (lambda q, k, v: adasplash2.attention(q, k, v, backend="reference"), "refused", "out"),
+    "another head": (lambda q, k, v: right(q, k.flip(1), v), "refused", "out"),
+    "one NaN": (one_nan, "refused", "not finite"),
+    "half precision": (lambda q, k, v: right(q.half(), k.half(), v.half()), "refused", "dtype"),
+    "raises": (raises, "failed", "out of order"),
+}
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_gate_refuses_a_wrong_provider(fault: str) -> None:
+    wrong, status, reason = WRONG[fault]
+    competitors = [
+        Provider(name, name, "attention", "entmax", lambda case, arguments, forward=forward: Ready(forward))
+        for name, forward in (("right", right), ("wrong", wrong))
+    ]
+    rows = run.time_case(TINY, competitors, run.MODES, CPU, seconds=0, min_rounds=1)
+    assert [(row["provider"], row["status"]) for row in rows] == [("right", "timed")] * 2 + [("wrong", status)] * 2
+    for row in rows[2:]:
+        assert "ms" not in row
+        assert reason in row["reason"]
+
+
+def test_gate_looks_at_windows_of_long_sequences() -> None:
+    """A fault in few rows of one head, anywhere a window lies, is found; the right provider passes."""
+    case = cases.Case("iid", 1024, heads=2)
+    gate = run.make_gate(case, *case.inputs(CPU))
+    assert gate.rows.shape == (2, 256)
+    gate.check(right, "entmax", backward=True)
+
+    def late_fault(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return right(q, k, v) * torch.where(torch.arange(1024) == 1000, 1.001, 1)[:, None]
+
+    with pytest.raises(AssertionError, match="out"):
+        gate.check(late_fault, "entmax", backward=False)
+
+
+@pytest.mark.parametrize("scale", [TINY.scale, 1.001 * TINY.scale])
+def test_gate_of_softmax(scale: float) -> None:
+    gate = run.make_gate(TINY, *TINY.inputs(CPU))
+
+    def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+
+    if scale == TINY.scale:
+        gate.check(softmax, "softmax", backward=True)
+    else:
+        with pytest.raises(AssertionError, match="norm of the error"):
+            gate.check(softmax, "softmax", backward=True)
+
+
+@pytest.mark.parametrize("factor", [1, 1.001])
+def test_gate_of_entmax(factor: float) -> None:
+    case = cases.Case("iid", 32, op="entmax")
+    gate = run.make_gate(case, *case.inputs(CPU))
+    forward = lambda x: factor * adasplash2.entmax(x, backend="reference")  # noqa: E731
+    if factor == 1:
+        gate.check(forward, "entmax", backward=True)
+    else:
+        with pytest.raises(AssertionError, match="p"):
+            gate.check(forward, "entmax", backward=True)
+
+
+def test_rounds_are_interleaved() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = measure.interleaved(calls, CPU, seconds=0, min_rounds=3)
+    assert "".join(order) == "abc" + "cba" + "abc"
+    assert {name: len(own) for name, own in times.items()} == dict.fromkeys("abc", 3)
+
+
+def test_ratio_is_taken_inside_a_round() -> None:
+    """The machine slows down tenfold on the way: the ratio of each round does not notice."""
+    assert measure.ratio([2, 20, 200], [1, 10, 100]) == (2, 2, 2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of the resident set")
+def test_peak_memory_sees_a_temporary() -> None:
+    size = 1 << 26
+    peak = measure.peak_memory(lambda: torch.zeros(size, dtype=torch.int8).add_(1)[0], CPU)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak")
+    assert size <= peak < 2 * size
+
+
+@pytest.mark.parametrize("item", initialisation.INITIALISATIONS, ids=lambda item: item.label)
+def test_initialisations_are_lower_bounds(item: initialisation.Initialisation) -> None:
+    z = initialisation.scaled_scores("topics")[:32]
+    tau = initialisation.exact_tau(z)
+    rounding = 4 * torch.finfo(z.dtype).eps * z.abs().amax()
+    u = (z - tau).clamp(min=0)
+    assert ((u**2).sum(-1) - 1).abs().max() <= z.shape[-1] * rounding
+    start = item.tau(z)
+    assert (start <= tau + rounding).all()
+    assert (start >= initialisation.largest_minus_one(z) - rounding).all()
+    step = initialisation.newton_step(z, start)
+    assert (step >= start - rounding).all()
+    assert (step <= tau + rounding).all()
+
+
+def test_captured_inputs() -> None:
+    assert cases.CAPTURED.stat().st_size <= 2_000_000
+    made = cases.captured(batch=2, heads_q=8, seqlen_q=2048, head_dim=64)
+    assert made.q.shape == made.k.shape == made.v.shape == made.dout.shape == (2, 8, 2048, 64)
+    assert made.k[0, :, :1024].equal(made.k[1, :, 1024:])
+    assert not made.k[0, 0].equal(made.k[0, 1])
+    with pytest.raises(ValueError, match="head_dim=32: expected 64"):
+        cases.captured(batch=1, heads_q=1, seqlen_q=8, head_dim=32)
+
+
+def test_cases_are_found_by_pattern() -> None:
+    assert [case.name for case in cases.find(["iid-512-*-bf16"])] == ["iid-512-d64-causal-bf16"]
+    assert len({case.name for case in cases.CASES}) == len(cases.CASES)
+    assert 0 < len(cases.find([], quick=True)) < len(cases.CASES)
+    with pytest.raises(ValueError, match="case='nothing\\*': matches none"):
+        cases.find(["nothing*"])
