@@ -103,13 +103,11 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
         support_per_layer(entmax.model, sample, args.alpha)
         entmax.model(sample).sum().backward()
 
-    zeros: list[tuple[int, float]] = []
-
-    def measure_zeros(step: int) -> None:
+    def share_of_zeros() -> float:
         stats = support_per_layer(entmax.model, sample, args.alpha)
-        zeros.append((step, 1 - sum(layer.element_density for layer in stats) / len(stats)))
+        return 1 - sum(layer.element_density for layer in stats) / len(stats)
 
-    measure_zeros(0)
+    zeros = share_of_zeros()
     progress = Progress(
         TextColumn("training"),
         BarColumn(bar_width=None),
@@ -125,12 +123,12 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
         plan = {"steps": args.steps, "batch": _BATCH, "seqlen": args.seqlen, "seed": args.seed, "seconds": args.seconds}
         for step in train(learners, corpus, **plan):
             if step % _STEPS_BETWEEN_MEASUREMENTS == 0:
-                measure_zeros(step)
+                zeros = share_of_zeros()
             state = "  ".join(
                 f"{learner.name} {learner.losses[-1]:.2f} ({learner.tokens_per_second:,.0f} tok/s)"
                 for learner in learners
             )
-            state += f"  zeros {zeros[-1][1]:.1%}"
+            state += f"  zeros {zeros:.1%}"
             progress.update(task, completed=step, state=state)
             if not console.is_terminal and step % max(1, args.steps // 12) == 0:
                 console.print(f"step {step}/{args.steps}  {state}", highlight=False)
@@ -152,7 +150,6 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
             support=support_per_layer(entmax.model, sample, args.alpha),
             labels=[corpus.tokenizer.label(token) for token in shown.tolist()],
             weights=[attention_weights(learner.model, shown) for learner in learners],
-            zeros=zeros,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ __all__ = ["Results", "attention_weights", "draw", "loss_table", "support_table"
 _COLORS = ("#c2410c", "#1d4ed8")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Results:
     """Everything that the tables and the picture are made of.
 
@@ -33,7 +33,6 @@ class Results:
         alpha: of the entmax attention.
         bytes_per_token: of the held-out text.
         held_out: loss of each learner on text that it did not see, nats per token.
-        zeros: pairs of a step and the share of zeros among the visible entmax weights after it.
         support: of each layer of the entmax model after training, on one held-out sequence.
         labels: the first tokens of that sequence.
         weights: of each learner on these tokens: (layers, heads, len(labels), len(labels)) float32.
@@ -46,7 +45,6 @@ class Results:
     support: Sequence[SupportStats]
     labels: Sequence[str]
     weights: Sequence[Tensor]
-    zeros: Sequence[tuple[int, float]] = field(default_factory=list)
 
     @property
     def keys_per_head(self) -> Tensor:
@@ -122,15 +120,15 @@ def support_table(results: Results) -> Table:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Writes the picture: losses, zeros, support sizes; attention maps of real text and a block map."""
+    """Writes the picture: losses, times, support sizes; attention maps of real text and a block map."""
     figure = Figure(figsize=(17, 11.5), layout="constrained")
-    (losses, zeros, support), (entmax_map, softmax_map, blocks) = figure.subplots(2, 3)
+    (losses, time, support), (entmax_map, softmax_map, blocks) = figure.subplots(2, 3)
     figure.suptitle(
         "Two small transformers on the source of Python's standard library, which differ in their attention alone: "
         f"α-entmax with α = {results.alpha:g}, and softmax"
     )
     _draw_losses(losses, results)
-    _draw_zeros(zeros, results)
+    _draw_time(time, results)
     _draw_support(support, results)
 
     layer, head = _median_head(results.keys_per_head)
@@ -162,12 +160,17 @@ def _draw_losses(axes: Axes, results: Results) -> None:
     axes.grid(alpha=0.3)
 
 
-def _draw_zeros(axes: Axes, results: Results) -> None:
-    steps, zeros = zip(*results.zeros, strict=True)
-    axes.plot(steps, [100 * share for share in zeros], color=_COLORS[0], marker=".")
-    axes.set(title="exact zeros among the entmax weights", xlabel="step", ylabel="% of the visible pairs")
-    axes.set_ylim(0, 100)
-    axes.grid(alpha=0.3)
+def _draw_time(axes: Axes, results: Results) -> None:
+    names = [learner.name for learner in results.learners]
+    attention = [learner.attention.seconds for learner in results.learners]
+    rest = [learner.seconds - learner.attention.seconds for learner in results.learners]
+    axes.barh(names, attention, color=_COLORS, label=[f"attention: {seconds:.1f} s" for seconds in attention])
+    axes.barh(names, rest, left=attention, color="0.8", label="all the rest")
+    axes.set(title="time of all training steps", xlabel="seconds")
+    axes.invert_yaxis()
+    axes.margins(y=0.4)
+    axes.legend()
+    axes.grid(alpha=0.3, axis="x")
 
 
 def _draw_support(axes: Axes, results: Results) -> None:
