@@ -37,7 +37,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def served(target):
-    """A backend that serves by default. The reference is torch and no more; torch's own threads do not survive a fork."""
+    """A backend that serves by default; the reference is torch and no more, whose own threads do not survive a fork."""
     if not registry.find(target.name).devices:
         pytest.skip(f"{target.name} serves by name only")
     return target
