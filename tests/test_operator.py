@@ -121,6 +121,28 @@ class TestAutograd:
         (q * 1).sum().backward()
         assert k.grad is None
 
+    def test_no_gradient_in_no_gradient_out(self):
+        class Stop(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, dx):
+                return None
+
+        q, k, v = qkv()
+        Stop.apply(adasplash2.attention(q, k, v, backend="reference")).sum().backward()
+        assert q.grad is k.grad is v.grad is None
+
+    def test_the_operator_saves_what_it_needs_whatever_it_is_told(self):
+        through_front, through_operator = qkv(), qkv()
+        adasplash2.attention(*through_front, scale=0.5, backend="reference").sum().backward()
+        arguments = (0.5, 1.5, None, False, None, None, False, "reference")
+        OPS.attention.default(*through_operator, *arguments)[0].sum().backward()
+        for one, other in zip(through_front, through_operator, strict=True):
+            assert torch.equal(one.grad, other.grad)
+
     @pytest.mark.parametrize("which", [0, 1, 2])
     def test_one_input_alone_may_require_grad(self, which):
         everything = qkv()

@@ -29,17 +29,18 @@ def dense(q, k, v, is_causal, scale, lengths_q, lengths_k):
     return torch.stack(rows).view(*q.shape[:3], v.shape[-1])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("padded", [None, "q", "k", "qk"])
-@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(6, 6), (4, 7), (7, 4), (1, 5), (5, 1)])
-def test_attention(seqlen_q, seqlen_k, padded, is_causal):
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(6, 6), (4, 7), (7, 4), (1, 5), (5, 1), (3, 0)])
+def test_attention(seqlen_q, seqlen_k, padded, is_causal, device):
     batch, scale = 3, 0.7
     shapes = (batch, 4, seqlen_q, 5), (batch, 2, seqlen_k, 5), (batch, 2, seqlen_k, 3)
-    q, k, v = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    q, k, v = (torch.randn(shape, dtype=torch.float64, device=device) for shape in shapes)
     lengths_q = [seqlen_q, 0, 1] if padded in ("q", "qk") else [seqlen_q] * batch
-    lengths_k = [1, seqlen_k, 0] if padded in ("k", "qk") else [seqlen_k] * batch
-    seqlens_q = torch.tensor(lengths_q) if padded in ("q", "qk") else None
-    seqlens_k = torch.tensor(lengths_k, dtype=torch.int32) if padded in ("k", "qk") else None
+    lengths_k = [min(1, seqlen_k), seqlen_k, 0] if padded in ("k", "qk") else [seqlen_k] * batch
+    seqlens_q = torch.tensor(lengths_q, device=device) if padded in ("q", "qk") else None
+    seqlens_k = torch.tensor(lengths_k, dtype=torch.int32, device=device) if padded in ("k", "qk") else None
     for b in range(batch):
         q[b, :, lengths_q[b] :] = torch.nan
         k[b, :, lengths_k[b] :] = v[b, :, lengths_k[b] :] = torch.nan
