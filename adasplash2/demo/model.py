@@ -52,7 +52,8 @@ class Block(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = _rotate(self.norm_q(q), rotation), _rotate(self.norm_k(k), rotation)
         x = x + self.project_out(attend(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.contract(F.relu(self.expand(self.norm_mlp(x))).square())
+        change: Tensor = self.contract(F.relu(self.expand(self.norm_mlp(x))).square())
+        return x + change
 
 
 class Transformer(nn.Module):
