@@ -90,7 +90,7 @@ def test_a_checkout_that_hides_the_backends_explains_itself(tmp_path):
     package = Path(inspect.getfile(adasplash2)).parent
     shutil.copytree(package, tmp_path / "adasplash2", ignore=shutil.ignore_patterns("backends", "__pycache__"))
     # -S: no installed package, editable or not, comes to its help.
-    result = child("import adasplash2", "-S", cwd=tmp_path)
+    result = child(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import adasplash2", "-S")
     assert result.returncode != 0
     assert "ImportError: this checkout of adasplash2 hides the installed package: install it with" in result.stderr
 
