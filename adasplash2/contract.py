@@ -60,7 +60,9 @@ class AttentionRequest:
             values of the sequence in place of the padded lengths).
         seqlens_q: (batch,) int32 or int64, valid queries of each sequence, on q's device, or None. Rows past it
             give zeros, and take no gradient.
-        seqlens_k: (batch,) int32 or int64, valid keys of each sequence, on q's device, or None.
+        seqlens_k: (batch,) int32 or int64, valid keys of each sequence, on q's device, or None. The entries of
+            ``alpha_heads`` and of both seqlens are checked on the CPU alone: on an accelerator a backend must not read
+            or write out of bounds whatever they are.
         save_for_backward: whether ``AttentionResult.saved`` must serve a later ``Backend.backward``.
     """
 

@@ -67,7 +67,7 @@ def attention(
         v: (batch, heads_kv, seqlen_k, head_dim_v), q's dtype and device.
         alpha: a number in [1, 2], or a tensor of shape (heads_q,), or () for all heads, with entries in (1, 2], which
             may require grad. 1.5 by default; 2 is sparsemax; 1 is softmax, which torch's own
-            ``scaled_dot_product_attention`` computes without a backend of this package.
+            ``scaled_dot_product_attention`` computes, as it treats NaN and inf, without a backend of this package.
         is_causal: whether query i sees key j only if j - i <= seqlen_k - seqlen_q; with seqlens, the lengths of the
             sequence take the place of seqlen_q and seqlen_k. False by default.
         scale: finite factor of the scores q . k; 1 / sqrt(head_dim) by default.

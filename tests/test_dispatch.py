@@ -302,7 +302,7 @@ class TestCalls:
     def test_the_chosen_backend_runs_forward_and_backward(self, fakes):
         refusing, serving = fakes("refusing", reasons=("got x; needs y",)), fakes("serving")
         q, k, v = (torch.randn(1, 1, 3, 4, requires_grad=True) for _ in range(3))
-        adasplash2.attention(q, k, v).sum().backward()
+        adasplash2.attention(q, k, v, backend="auto").sum().backward()
         assert [step for step in serving.asked if step in ("forward", "backward")] == ["forward", "backward"]
         assert not {"forward", "backward"} & set(refusing.asked)
 
@@ -310,9 +310,9 @@ class TestCalls:
         early = fakes("early", unavailable="not yet")
         late = fakes("late")
         q = torch.randn(1, 1, 3, 4, requires_grad=True)
-        out = adasplash2.attention(q, q, q)
+        out = adasplash2.attention(q, q, q, backend="auto")
         early = fakes("early")
-        assert adasplash2.explain(q, q, q).chosen == "early"
+        assert adasplash2.explain(q, q, q, backend="auto").chosen == "early"
         out.sum().backward()
         assert "backward" in late.asked
         assert "backward" not in early.asked
@@ -325,26 +325,28 @@ class TestCalls:
         q = torch.randn(1, 1, 3, 4)
         v = q.clone().requires_grad_(requires_grad)
         with torch.set_grad_enabled(grad_mode):
-            adasplash2.attention(q, q, v)
+            adasplash2.attention(q, q, v, backend="auto")
         assert backend.requests[-1].save_for_backward is saves
 
     def test_a_learned_alpha_alone_saves_for_backward(self, fakes):
         backend = fakes("fake")
         q = torch.randn(1, 2, 3, 4)
-        adasplash2.attention(q, q, q, alpha=torch.full((2,), 1.5, requires_grad=True))
+        adasplash2.attention(q, q, q, alpha=torch.full((2,), 1.5, requires_grad=True), backend="auto")
         assert backend.requests[-1].save_for_backward is True
 
     def test_the_request_says_what_the_call_said(self, fakes):
         backend = fakes("fake")
         q, k, v = torch.randn(2, 4, 3, 9), torch.randn(2, 2, 5, 9), torch.randn(2, 2, 5, 7)
         lengths = torch.tensor([3, 1])
-        adasplash2.attention(q, k, v, alpha=2, is_causal=True, scale=0.25, seqlens_q=lengths, seqlens_k=lengths)
+        adasplash2.attention(
+            q, k, v, alpha=2, is_causal=True, scale=0.25, seqlens_q=lengths, seqlens_k=lengths, backend="auto"
+        )
         request = backend.requests[-1]
         assert (request.scale, request.alpha, request.alpha_heads, request.is_causal) == (0.25, 2.0, None, True)
         assert request.features() == ("causal mask", "padded seqlens")
         for sent, got in ((q, request.q), (k, request.k), (v, request.v), (lengths, request.seqlens_k)):
             assert got.data_ptr() == sent.data_ptr()
-        adasplash2.attention(q, k, v)
+        adasplash2.attention(q, k, v, backend="auto")
         assert backend.requests[-1].scale == 1 / 3
         assert backend.requests[-1].alpha == 1.5
         assert backend.requests[-1].features() == ()
@@ -352,7 +354,7 @@ class TestCalls:
     def test_one_alpha_for_all_heads_is_repeated(self, fakes):
         backend = fakes("fake")
         q = torch.randn(1, 3, 2, 4)
-        adasplash2.attention(q, q, q, alpha=torch.tensor(1.25))
+        adasplash2.attention(q, q, q, alpha=torch.tensor(1.25), backend="auto")
         assert backend.requests[-1].alpha_heads.tolist() == [1.25] * 3
 
     def test_softmax_asks_no_backend(self, fakes):
@@ -360,7 +362,7 @@ class TestCalls:
         q = torch.randn(1, 1, 3, 4)
         adasplash2.attention(q, q, q, alpha=1.0, backend="fake")
         adasplash2.entmax(q, alpha=1.0, backend="fake")
-        explanation = adasplash2.explain(q, q, q, alpha=1)
+        explanation = adasplash2.explain(q, q, q, alpha=1, backend="auto")
         assert backend.asked == []
         assert explanation.chosen == "scaled_dot_product_attention"
         assert explanation.reasons == {"fake": ("got alpha=1.0; needs alpha in (1, 2]",)}
@@ -368,7 +370,7 @@ class TestCalls:
     def test_explain_runs_nothing(self, fakes):
         backend = fakes("fake")
         q = torch.randn(1, 1, 3, 4)
-        explanation = adasplash2.explain(q, q, q)
+        explanation = adasplash2.explain(q, q, q, backend="auto")
         assert str(explanation) == "served by fake\n  fake: can serve this call"
         assert backend.requests == []
 
@@ -376,11 +378,11 @@ class TestCalls:
         fakes("refusing", reasons=("got x; needs y",), entmax_reasons=("got x; needs y",))
         backend = fakes("serving")
         q, k = torch.randn(1, 2, 3, 4, requires_grad=True), torch.randn(1, 2, 5, 4)
-        stats = adasplash2.support(q, k, is_causal=True, block_m=2, block_n=3)
+        stats = adasplash2.support(q, k, is_causal=True, block_m=2, block_n=3, backend="auto")
         assert (stats.block_m, stats.block_n) == (2, 3)
         assert backend.requests[-1].is_causal
         assert backend.requests[-1].save_for_backward is False
-        adasplash2.entmax(q).sum().backward()
+        adasplash2.entmax(q, backend="auto").sum().backward()
         assert backend.asked[-3:] == ["entmax", "entmax_unsupported_reasons", "entmax_backward"]
 
 
