@@ -195,7 +195,8 @@ class Dense:
 
     def per_kv_head(self, t: Tensor) -> Tensor:
         """Sums over the query heads that share a key head: (batch, heads_q, n, d) to (batch, heads_kv, n, d)."""
-        return t.unflatten(1, (self.request.heads_kv, self.group)).sum(2)
+        batch, _, n, d = t.shape
+        return t.reshape(batch, self.request.heads_kv, self.group, n, d).sum(2)
 
 
 def _finite(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,8 +342,8 @@ def any_in_blocks(mask: Tensor, block_m: int, block_n: int) -> Tensor:
     """Whether any entry of each (block_m, block_n) block of the last two dimensions is True."""
     rows, columns = mask.shape[-2:]
     padded = torch.nn.functional.pad(mask, (0, -columns % block_n, 0, -rows % block_m))
-    blocks = padded.unflatten(-1, (-1, block_n)).unflatten(-3, (-1, block_m))
-    return blocks.any(-1).any(-2)
+    blocks = (padded.shape[-2] // block_m, block_m, padded.shape[-1] // block_n, block_n)
+    return padded.reshape(*padded.shape[:-2], *blocks).any(-1).any(-2)
 
 
 def _device_reasons(t: Tensor) -> tuple[str, ...]:

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, settings
 from adasplash2 import registry
 from adasplash2.contract import Backend
 
-_COMMON = {"deadline": None, "print_blob": True, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dev", max_examples=10, **_COMMON)
-settings.register_profile("ci", max_examples=20, derandomize=True, **_COMMON)
-settings.register_profile("nightly", max_examples=1000, **_COMMON)
+_common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("dev", _common, max_examples=10)
+settings.register_profile("ci", _common, max_examples=20, derandomize=True)
+settings.register_profile("nightly", _common, max_examples=1000)
 settings.load_profile("dev")
 
 

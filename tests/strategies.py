@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -122,10 +123,10 @@ def _alphas() -> st.SearchStrategy[float]:
 
 
 @st.composite
-def cases(draw: st.DrawFn, **fixed: object) -> Case:
+def cases(draw: st.DrawFn, /, **fixed: Any) -> Case:
     """Attention calls; ``fixed`` fields of ``Case`` are not drawn."""
 
-    def of(name: str, strategy: st.SearchStrategy) -> object:
+    def of(name: str, strategy: st.SearchStrategy) -> Any:
         return fixed[name] if name in fixed else draw(strategy, label=name)
 
     batch = of("batch", st.integers(1, 3))

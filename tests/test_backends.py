@@ -136,6 +136,7 @@ def test_entmax_backward(target, case):
 def test_through_the_front(target, dtype):
     case = Case(60, 90, batch=2, group=2, head_dim=40, head_dim_v=24, dtype=dtype, alpha=(1.5, 1.25), is_causal=True)
     request, dout = case.build(target.device)
+    assert request.alpha_heads is not None
     leaves = [t.clone().requires_grad_() for t in (request.q, request.k, request.v, request.alpha_heads)]
     q, k, v, alpha = leaves
     out, tau = adasplash2.attention(

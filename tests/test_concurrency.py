@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_gradients_from_several_threads(served):
     """torch runs backward of CPU tensors in the caller's thread, of a device in one of its own."""
     case = CASES[0]
 
-    def gradient(_: int) -> torch.Tensor:
+    def gradient(_):
         request, dout = case.build(served.device)
         q = request.q.clone().requires_grad_()
         out = adasplash2.attention(q, request.k, request.v, is_causal=True, scale=request.scale, backend=served.name)
@@ -122,7 +123,7 @@ EXACT = [case for case in CASES if case.dtype != torch.bfloat16]
 
 
 def results_of_process(method: str, name: str) -> list[dict[str, torch.Tensor]]:
-    context = multiprocessing.get_context(method)
+    context: Any = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_results, args=(name, torch.get_num_threads(), sender))
     process.start()

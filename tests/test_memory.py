@@ -71,9 +71,9 @@ def test_saved_tensors_are_not_written_to(target, case):
     backend = registry.resolve(request, target.name)
     request = replace(request, save_for_backward=True)
     result = backend.forward(request)
-    first, second = (backend.backward(request, result.tau, result.saved, dout) for _ in range(2))
+    first, second = (list(backend.backward(request, result.tau, result.saved, dout)) for _ in range(2))
     for a, b in zip(first, second, strict=True):
-        assert a is b is None or same_bits(a, b)
+        assert a is b or same_bits(a, b)
 
 
 @given(case=cases())
@@ -85,7 +85,7 @@ def test_two_runs_give_the_same_bits(target, case):
         assert same_bits(result, second[quantity]), quantity
 
 
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a, b) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 

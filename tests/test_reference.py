@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import entmax as entmax_package
 import pytest
@@ -70,8 +71,9 @@ def test_entmax_gradients_against_the_package(alpha):
     p = entmax_package.entmax_bisect(x, alpha_rows[:, None], dim=-1, n_iter=200, ensure_sum_one=False)
     p.backward(dp)
     truth = entmax_backward_truth(p.detach(), dp, alpha, alpha_rows.detach())
-    assert_close(x.grad, truth, "dx")
-    assert_close(alpha_rows.grad, truth, "dalpha")
+    for leaf, quantity in ((x, "dx"), (alpha_rows, "dalpha")):
+        assert leaf.grad is not None
+        assert_close(leaf.grad, truth, quantity)
 
 
 @pytest.mark.parametrize("alpha", [1.0001, 1.01, 1.1, 1.3, 1.5, 1.7, 1.95])
@@ -86,12 +88,13 @@ def test_alpha_gradient_against_central_differences(alpha):
     dp = scores("ties")[:, :20]
     alpha_rows = torch.full((len(x),), alpha, dtype=x.dtype)
     _, dalpha = BACKEND.entmax_backward(p, dp, 1.5, alpha_rows)
+    assert dalpha is not None
     differences = ((above - below) * dp).sum(-1) / (2 * step)
     # p is known to 1e-15 or so, hence the differences to 1e-15 / step; what they miss is of order step ** 2.
     assert torch.allclose(differences[same], dalpha[same], rtol=1e-5, atol=1e-14 / step)
 
 
-def smooth_case(alpha: float | tuple[float, ...], **fields: object) -> Case:
+def smooth_case(alpha: float | tuple[float, ...], **fields: Any) -> Case:
     """A call without a key near the edge of its support, where the gradient has a kink."""
     return Case(
         3, 5, head_dim=2, head_dim_v=2, batch=2, heads_kv=2, group=2, dtype=torch.float64, alpha=alpha, **fields

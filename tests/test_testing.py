@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from strategies import DTYPES, Case
 
 from adasplash2.backends import reference
 from adasplash2.backends.reference import BACKEND, ReferenceBackend
+from adasplash2.contract import AttentionRequest
 from adasplash2.testing import (
     INPUT_KINDS,
     assert_attention,
@@ -27,7 +29,7 @@ CPU = torch.device("cpu")
 PLAIN = ReferenceBackend(torch.float32)
 
 
-def case(dtype: torch.dtype = torch.float32, **fields: object) -> Case:
+def case(dtype: torch.dtype = torch.float32, **fields: Any) -> Case:
     return Case(**{"seqlen_q": 130, "seqlen_k": 200, "head_dim": 64, "head_dim_v": 64, "dtype": dtype, **fields})
 
 
@@ -71,11 +73,15 @@ def test_plain_evaluation_passes(dtype, kind):
         ("dk", on_field("dk", lambda dk: dk.roll(1, 2))),
         (
             "out: 1 entries are NaN",
-            on_field("out", lambda out: out.index_put((*torch.zeros(4, 1, dtype=int),), torch.tensor(torch.nan))),
+            on_field(
+                "out", lambda out: out.index_put((*torch.zeros(4, 1, dtype=torch.int64),), torch.tensor(torch.nan))
+            ),
         ),
         (
             "tau: 1 entries are inf",
-            on_field("tau", lambda tau: tau.index_put((*torch.zeros(3, 1, dtype=int),), torch.tensor(torch.inf))),
+            on_field(
+                "tau", lambda tau: tau.index_put((*torch.zeros(3, 1, dtype=torch.int64),), torch.tensor(torch.inf))
+            ),
         ),
         ("out: shape", on_field("out", lambda out: out[:, :, 1:])),
         ("out: dtype", on_field("out", lambda out: out.double())),
@@ -185,7 +191,15 @@ def test_failures_name_the_worst_entry():
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_inputs_depend_on_their_seed_alone(kind):
-    shape = {"batch": 2, "heads_q": 4, "heads_kv": 2, "seqlen_q": 150, "seqlen_k": 170, "head_dim": 40, "head_dim_v": 8}
+    shape: dict[str, Any] = {
+        "batch": 2,
+        "heads_q": 4,
+        "heads_kv": 2,
+        "seqlen_q": 150,
+        "seqlen_k": 170,
+        "head_dim": 40,
+        "head_dim_v": 8,
+    }
     first, again, other = (make_inputs(kind, **shape, dtype=torch.bfloat16, seed=seed) for seed in (3, 3, 4))
     assert [tuple(t.shape) for t in first] == [(2, 4, 150, 40), (2, 2, 170, 40), (2, 2, 170, 8), (2, 4, 150, 8)]
     for a, b, c in zip(first, again, other, strict=True):
@@ -203,7 +217,7 @@ def test_unknown_kind():
 def test_share_of_topics_sets_the_density():
     def density(share):
         q, k, v, _ = make_inputs("topics", seqlen_q=1024, head_dim=64, share=share)
-        return BACKEND.support(reference.AttentionRequest(q, k, v, 0.125, is_causal=True), 64, 64).block_density
+        return BACKEND.support(AttentionRequest(q, k, v, 0.125, is_causal=True), 64, 64).block_density
 
     few, some, many = density(0.05), density(0.25), density(0.5)
     assert 0.05 < few < some < many < 0.9
