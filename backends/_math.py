@@ -1,4 +1,4 @@
-"""Formulas that the backends share on the host; tau, z and alpha as in ``adasplash2.contract``."""
+"""Formulas that backends share on the host."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionRequest
 
-__all__ = ["exponent", "keys_seen", "tau_width", "visible_counts"]
-
-
-def exponent(alpha: float | Tensor) -> float | Tensor:
-    """r = 1 / (alpha - 1), the exponent of p = u ** r."""
-    return 1 / (alpha - 1)
-
-
-def tau_width(n: Tensor, alpha: float | Tensor) -> Tensor:
-    """Width of the bracket of tau over n keys: max z - 1 <= tau <= max z - 1 + width, width = 1 - n ** (1 - alpha).
-
-    The left end holds because the largest key alone has u <= 1, the right end because n keys with sum p = 1 have a
-    largest p of at least 1 / n. Written with expm1, since alpha near 1 cancels everything else.
-    """
-    return -torch.expm1((1 - alpha) * torch.log(n))
+__all__ = ["keys_seen", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:

@@ -36,7 +36,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adasplash2.backends._math import exponent, tau_width
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
 __all__ = ["BACKEND", "Dense", "ReferenceBackend", "Slice", "any_in_blocks", "find_lam", "relative_scores", "weights"]
@@ -73,10 +72,13 @@ def _sorted_lam(x: Tensor, alpha: float) -> Tensor:
 
 
 def _bisected_lam(x: Tensor, alpha: float | Tensor) -> Tensor:
-    """lam by bisection, for any alpha, sped up by Newton steps on log(sum p) wherever they stay inside the bracket."""
+    """lam by bisection, for any alpha, sped up by Newton steps on log(sum p) wherever they stay inside the bracket.
+
+    The bracket is max z - 1 <= tau <= max z - n ** (1 - alpha): the largest of the p is at most 1 and at least 1 / n.
+    """
     keys = torch.isfinite(x).sum(-1, keepdim=True).to(x.dtype)
     low = torch.zeros_like(keys)
-    high = tau_width(keys, alpha) / (alpha - 1)
+    high = -torch.expm1((1 - alpha) * torch.log(keys)) / (alpha - 1)
     lam = (low + high) / 2
     noise = 32 * torch.finfo(x.dtype).eps  # rounding of sum p, at most eps times the entropy of p and some
     for _ in range(_MAX_ROUNDS):
@@ -97,7 +99,7 @@ def weights(x: Tensor, lam: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tens
     """p, w = p ** (2 - alpha) and log u at any lam; off the support 0, 0 and -inf."""
     u_minus_1 = ((alpha - 1) * (x - lam)).clamp(min=-1)
     log_u = torch.log1p(u_minus_1)
-    p = torch.exp(exponent(alpha) * log_u)
+    p = torch.exp(log_u / (alpha - 1))
     return p, (p / (1 + u_minus_1)).masked_fill(p == 0, 0), log_u
 
 
