@@ -245,8 +245,9 @@ _library = torch.library.Library("adasplash2", "DEF")  # type: ignore[no-untyped
 def _define(schema: str, kernel: Function, fake: Function, autograd: Function) -> Function:
     """Register an operator and return it; the three functions take its arguments by position.
 
-    As ``torch.library.custom_op`` does, which takes twice as long per call (measured: 60 us against 30 without, 225
-    against 90 with grad, on one slow core): it flattens nested arguments and compares the storages of all tensors.
+    As ``torch.library.custom_op`` does, which takes longer per call because it flattens nested arguments and compares
+    the storages of all tensors: 49 us against 36 without grad, 355 against 195 forward and backward (AMD EPYC, torch
+    2.13, a backend that only allocates its results).
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
