@@ -239,7 +239,7 @@ def _call(operator: Function, autograd: Function, *args: Any) -> Any:
     return (operator if torch.compiler.is_compiling() else autograd)(*args)
 
 
-_library = torch.library.Library("adasplash2", "DEF")  # type: ignore[no-untyped-call]
+_library = torch.library.Library("adasplash2", "DEF")
 
 
 def _define(schema: str, kernel: Function, fake: Function, autograd: Function) -> Function:
@@ -250,9 +250,9 @@ def _define(schema: str, kernel: Function, fake: Function, autograd: Function) -
     2.13, a backend that only allocates its results).
     """
     name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    _library.impl(name, kernel, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-    _library.impl(name, autograd, "Autograd")  # type: ignore[no-untyped-call]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd")
     torch.library.register_fake(f"adasplash2::{name}", fake, lib=_library)
     operator: Function = getattr(torch.ops.adasplash2, name).default
     return operator
