@@ -42,16 +42,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokens, _ = corpus.held_out_windows(1, SEQLEN)
     layers = capture_qkv(learner.model, tokens)
-    # Head i of layer i, [layers, seqlen, head_dim] each of q, k and v.
-    stored = {
-        name: torch.stack([layer[part][0, i] for i, layer in enumerate(layers)]).half()
-        for part, name in enumerate(("q", "k", "v"))
-    }
-    for i, (q, k) in enumerate(zip(stored["q"].float(), stored["k"].float(), strict=True)):
-        stats = adasplash2.support(q[None, None], k[None, None], alpha=ALPHA, is_causal=True)
+    # Head i of layer i, [layers, seqlen, head_dim] each.
+    q, k, v = (torch.stack([layer[part][0, i] for i, layer in enumerate(layers)]).half() for part in range(3))
+    for i in range(len(layers)):
+        own_q, own_k = q[None, i : i + 1].float(), k[None, i : i + 1].float()
+        stats = adasplash2.support(own_q, own_k, alpha=ALPHA, is_causal=True)
         print(f"head {i} of layer {i}: support {stats.element_density:.2%} of the elements")
     CAPTURED.parent.mkdir(exist_ok=True)
-    np.savez_compressed(CAPTURED, **{name: tensor.numpy() for name, tensor in stored.items()})
+    np.savez_compressed(CAPTURED, q=q.numpy(), k=k.numpy(), v=v.numpy())
     print(f"written: {CAPTURED}, {CAPTURED.stat().st_size / 1e6:.2f} MB")
 
 

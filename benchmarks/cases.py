@@ -93,7 +93,7 @@ class Case:
             made = captured(**shape)
             made = Inputs(*(tensor.to(device, self.dtype) for tensor in made))
         else:
-            options = {"share": self.share} if self.kind == "topics" else {}
+            options: dict[str, Any] = {"share": self.share} if self.kind == "topics" else {}
             made = make_inputs(self.kind, **shape, dtype=self.dtype, device=device, **options)
         return (made.q, made.k, made.v), made.dout
 
@@ -109,15 +109,6 @@ class Case:
             "elements": stats.element_density,
             "blocks": stats.block_density,
         }
-
-    def visible_pairs(self) -> int:
-        """(query, key) pairs that the mask leaves, all heads together."""
-        seqlen = self.seqlen
-        return self.batch * self.heads * (seqlen * (seqlen + 1) // 2 if self.is_causal else seqlen**2)
-
-    def dense_flop(self, mode: str) -> int:
-        """FLOP of attention without any skipping: two products forward, five more backward, over the visible pairs."""
-        return 2 * self.head_dim * self.visible_pairs() * {"fwd": 2, "fwd_bwd": 7}[mode]
 
     def describe(self) -> dict[str, Any]:
         """For the results file."""

@@ -25,8 +25,8 @@ Forward = Callable[..., Tensor]
 Function = Literal["entmax", "softmax"]
 
 # (query, key) pairs of each head, rows of a matrix.
-WINDOW_PAIRS = 1 << 18
-MATRIX_ROWS = 256
+WINDOW_PAIRS = 1 << 16
+MATRIX_ROWS = 64
 
 
 class AttentionGate:

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from adasplash2.backends.numba_cpu import NumbaBackend
 from cases import Case
 from gate import Forward, Function
 from torch import Tensor
@@ -62,7 +61,7 @@ class Provider:
 
 
 HISTOGRAM = "numba-histogram"
-DENSE_REASON = "needs O(seqlen ** 2) memory or long to compile; timed at a few short cases"
+DENSE_REASON = "needs O(seqlen ** 2) memory, or long to compile: timed at a short case alone"
 
 
 def _backend_attention(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
@@ -81,6 +80,8 @@ def _backend_attention(backend: str, case: Case, arguments: tuple[Tensor, ...]) 
 def _histogram_variant(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
     if not case.compare_inits:
         return "the other initialisation is timed at a few cases"
+    from adasplash2.backends.numba_cpu import NumbaBackend
+
     variant = NumbaBackend(init="histogram")
     variant.name = HISTOGRAM
     registry.register(HISTOGRAM, variant)
@@ -96,8 +97,8 @@ def _backend_entmax(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> 
 
 
 def _sdpa(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
-    if arguments[0].dtype != case.dtype and case.kind != "iid":
-        return "its speed does not depend on the inputs: in another dtype than the case's it is timed at iid alone"
+    if arguments[0].dtype != case.dtype and (case.kind != "iid" or case.seqlen > 2048):
+        return "its speed does not depend on the inputs; in another dtype than the case's timed at iid, to 2048 keys"
     return Ready(functools.partial(F.scaled_dot_product_attention, is_causal=case.is_causal, scale=case.scale))
 
 

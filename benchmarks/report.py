@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -278,11 +279,11 @@ def _style(axes: Axes, title: str) -> None:
 
 def _legend(figure: Figure) -> None:
     """One legend for all axes, at the right."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside right center", frameon=False, labelcolor=INK)
+    figure.legend(list(entries.values()), list(entries), loc="outside right center", frameon=False, labelcolor=INK)
 
 
 def _speed_plot(results: Results) -> Figure:

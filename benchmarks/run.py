@@ -180,7 +180,7 @@ def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--mode", action="append", choices=MODES, help="both by default")
     parser.add_argument("--threads", type=int, help="as many as torch takes by default")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu by default")
-    parser.add_argument("--seconds", type=float, help="timed per case: 4 by default, 0.5 with --quick")
+    parser.add_argument("--seconds", type=float, help="timed per case: 2.5 by default, 0.5 with --quick")
     parser.add_argument("--quick", action="store_true", help="the short cases, few rounds")
     parser.add_argument("--json", type=Path, metavar="PATH", help="MACHINE-DATE.json in results/ by default")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
@@ -247,7 +247,7 @@ def _time_cases(
     progress: Progress,
 ) -> None:
     modes = [mode for mode in MODES if not options.mode or mode in options.mode]
-    seconds, min_rounds = (0.5, 3) if options.quick else (4.0, 5)
+    seconds, min_rounds = (0.5, 3) if options.quick else (2.5, 5)
     if options.seconds is not None:
         seconds = options.seconds
     task = progress.add_task("", total=len(cases))

@@ -17,6 +17,7 @@ import adasplash2
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import cases
+import gate
 import initialisation
 import measure
 import report
@@ -111,8 +112,8 @@ WRONG: dict[str, tuple[Callable[..., Tensor], str, str]] = {
 def test_gate_refuses_a_wrong_provider(fault: str) -> None:
     wrong, status, reason = WRONG[fault]
     competitors = [
-        Provider(name, name, "attention", "entmax", lambda case, arguments, forward=forward: Ready(forward))
-        for name, forward in (("right", right), ("wrong", wrong))
+        Provider("right", "", "attention", "entmax", lambda case, arguments: Ready(right)),
+        Provider("wrong", "", "attention", "entmax", lambda case, arguments: Ready(wrong)),
     ]
     rows = run.time_case(TINY, competitors, run.MODES, CPU, seconds=0, min_rounds=1)
     assert [(row["provider"], row["status"]) for row in rows] == [("right", "timed")] * 2 + [("wrong", status)] * 2
@@ -124,41 +125,44 @@ def test_gate_refuses_a_wrong_provider(fault: str) -> None:
 def test_gate_looks_at_windows_of_long_sequences() -> None:
     """A fault in few rows of one head, anywhere a window lies, is found; the right provider passes."""
     case = cases.Case("iid", 1024, heads=2)
-    gate = run.make_gate(case, *case.inputs(CPU))
-    assert gate.rows.shape == (2, 256)
-    gate.check(right, "entmax", backward=True)
+    checks = gate.make_gate(case, *case.inputs(CPU))
+    assert checks.rows.shape == (2, 64)
+    checks.check(right, "entmax", backward=True)
 
     def late_fault(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return right(q, k, v) * torch.where(torch.arange(1024) == 1000, 1.001, 1)[:, None]
 
     with pytest.raises(AssertionError, match="out"):
-        gate.check(late_fault, "entmax", backward=False)
+        checks.check(late_fault, "entmax", backward=False)
 
 
 @pytest.mark.parametrize("scale", [TINY.scale, 1.001 * TINY.scale])
 def test_gate_of_softmax(scale: float) -> None:
-    gate = run.make_gate(TINY, *TINY.inputs(CPU))
+    checks = gate.make_gate(TINY, *TINY.inputs(CPU))
 
     def softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
 
     if scale == TINY.scale:
-        gate.check(softmax, "softmax", backward=True)
+        checks.check(softmax, "softmax", backward=True)
     else:
         with pytest.raises(AssertionError, match="norm of the error"):
-            gate.check(softmax, "softmax", backward=True)
+            checks.check(softmax, "softmax", backward=True)
 
 
 @pytest.mark.parametrize("factor", [1, 1.001])
 def test_gate_of_entmax(factor: float) -> None:
     case = cases.Case("iid", 32, op="entmax")
-    gate = run.make_gate(case, *case.inputs(CPU))
-    forward = lambda x: factor * adasplash2.entmax(x, backend="reference")  # noqa: E731
+    checks = gate.make_gate(case, *case.inputs(CPU))
+
+    def forward(x: Tensor) -> Tensor:
+        return factor * adasplash2.entmax(x, backend="reference")
+
     if factor == 1:
-        gate.check(forward, "entmax", backward=True)
+        checks.check(forward, "entmax", backward=True)
     else:
         with pytest.raises(AssertionError, match="p"):
-            gate.check(forward, "entmax", backward=True)
+            checks.check(forward, "entmax", backward=True)
 
 
 def test_rounds_are_interleaved() -> None:
