@@ -25,6 +25,7 @@ from .simd import (
     cast,
     dot_rows,
     fetch_add,
+    fetch_scores,
     gemm_tile,
     keep_above,
     load,
@@ -69,7 +70,7 @@ helper = njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc
 def workspace_layout(shape, size):
     """Offsets of the buffers of one thread, each on its own cache line, and their total, in bytes."""
     _, _, _, _, seqlen_k, dim, _ = shape
-    rows, pairs, capacity = BLOCK_M, (dim + 1) // 2, seqlen_k + NR
+    rows, pairs, capacity = BLOCK_M, (dim + 1) // 2, seqlen_k + 64
     scaled = 0
     packed = scaled + (rows * dim * size + 127) // 64 * 64
     strip = packed + (rows * pairs * 4 + 127) // 64 * 64
@@ -343,12 +344,13 @@ def find_support(
                 vals, idxs = values + i * capacity * size, keys + i * capacity * 4
                 n = counts[i]
                 if lower[i] == -np.inf:
-                    scan_row(scores, visible, HIGHEST, key0, f_step, f_margin, vals, idxs, maxima)
+                    scan_row(scores, visible, HIGHEST, 0, idxs, maxima)
                     lower[i] = group_bound(maxima, f_step, f_margin, group, lower[i], r, init, epsilon, size, like)
                 threshold = int_threshold(lower[i], step, error)
-                n += scan_row(
-                    scores, visible, threshold, key0, f_step, f_margin, vals + n * size, idxs + n * 4, maxima
-                )
+                found = scan_row(scores, visible, threshold, key0, idxs + n * 4, maxima)
+                # Scores by key: the row of the strip starts at key0.
+                fetch_scores(scores - key0 * 4, idxs + n * 4, found, f_step, f_margin, vals + n * size)
+                n += found
                 if n > counts[i]:
                     lower[i] = group_bound(maxima, f_step, f_margin, group, lower[i], r, init, epsilon, size, like)
                     if init == INIT_HISTOGRAM:
@@ -372,7 +374,7 @@ def find_support(
             pivots[i], lower[i] = 0.0, np.inf
             continue
         vals, idxs = values + i * capacity * size, keys + i * capacity * 4
-        if n > 8:
+        if n > TIGHTEN_AT:
             top = np.float64(maximum(vals, n, like))
             bound = refine(vals, n, max(top - 1.0, lower[i] + 2.0 * errors[i]), r, 4, 1e-3, like)
             lower[i] = max(lower[i], bound - 2.0 * errors[i] - 4.0 * epsilon * (abs(top) + 1.0))
@@ -454,7 +456,7 @@ def forward(
     n_tiles = (seqlen_q + BLOCK_M - 1) // BLOCK_M
     n_chunks = (seqlen_k + BLOCK_N - 1) // BLOCK_N
     n_pairs = (dim + 1) // 2
-    capacity = seqlen_k + NR
+    capacity = seqlen_k + 64
     scaled, packed, strip, maxima, groups, values, keys, weights, scratch, total = workspace_layout(shape, size)
     base = workspace + fetch_add(counter + 8, 1) * total
     scaled, packed, strip, maxima, groups = base + scaled, base + packed, base + strip, base + maxima, base + groups
@@ -851,7 +853,7 @@ def dq(
     """
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, dim, dim_v = shape
     n_tiles = (seqlen_q + BLOCK_M - 1) // BLOCK_M
-    weights = workspace + fetch_add(counter + 8, 1) * (seqlen_k + NR) * size
+    weights = workspace + fetch_add(counter + 8, 1) * (seqlen_k + 64) * size
     while True:
         item = fetch_add(counter, 1)
         if item >= batch * heads_q * n_tiles:

@@ -26,6 +26,7 @@ __all__ = [
     "cast",
     "dot_rows",
     "fetch_add",
+    "fetch_scores",
     "gemm_tile",
     "keep_above",
     "load",
@@ -434,110 +435,113 @@ def raise_groups(typingctx, maxima, step, shift, groups):
     return types.void(ADDRESS, step, step, ADDRESS), codegen
 
 
-def _append_hits(b, bits, width, count, emit):
-    """for each set bit t of ``bits``: emit(b, t, count); count += 1. Returns count."""
-    integer = ir.IntType(width)
+def _join(b, vectors):
+    """The concatenation of a power of two of vectors."""
+    while len(vectors) > 1:
+        count = vectors[0].type.count
+        order = ir.Constant(ir.VectorType(I32, 2 * count), list(range(2 * count)))
+        vectors = [b.shuffle_vector(x, y, order) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _emit_bits(b, bits, base, out, count):
+    """out[count:] = base + t (int32) for each set bit t of an int64; returns the new count.
+
+    The first four are written whether the bits are there or not: a branch on rare bits would be mispredicted, and what
+    lies past the end is overwritten later.
+    """
+
+    def call(name, *args):
+        function = cgutils.get_or_insert_function(
+            b.module, ir.FunctionType(I64, [a.type for a in args]), f"llvm.{name}.i64"
+        )
+        return b.call(function, args)
+
+    def emit(rest, at):
+        position = call("cttz", rest, ir.Constant(I1, 0))
+        _store(b, b.trunc(b.add(base, position), I32), out, b.mul(at, _const(4)))
+        return b.and_(rest, b.sub(rest, _const(1)))
+
+    rest = bits
+    for i in range(4):
+        rest = emit(rest, b.add(count, _const(i)))
+    total, fifth = b.add(count, call("ctpop", bits)), b.add(count, _const(4))
     before = b.block
-    head, after = b.function.append_basic_block("hit"), b.function.append_basic_block("hit.end")
-    b.branch(head)
+    head, after = b.function.append_basic_block("bits.more"), b.function.append_basic_block("bits.end")
+    b.cbranch(b.icmp_unsigned("!=", rest, _const(0)), head, after)
     b.position_at_end(head)
-    rest, n = b.phi(integer), b.phi(I64)
-    rest.add_incoming(bits, before)
-    n.add_incoming(count, before)
-    t = b.call(
-        cgutils.get_or_insert_function(b.module, ir.FunctionType(integer, [integer, I1]), f"llvm.cttz.i{width}"),
-        [rest, ir.Constant(I1, 1)],
-    )
-    emit(b, b.zext(t, I64) if width < 64 else t, n)
-    following = b.and_(rest, b.sub(rest, ir.Constant(integer, 1)))
-    n_next = b.add(n, _const(1))
-    rest.add_incoming(following, b.block)
-    n.add_incoming(n_next, b.block)
-    b.cbranch(b.icmp_unsigned("!=", following, ir.Constant(integer, 0)), head, after)
+    left, at = b.phi(I64), b.phi(I64)
+    left.add_incoming(rest, before)
+    at.add_incoming(fifth, before)
+    following, next_at = emit(left, at), b.add(at, _const(1))
+    left.add_incoming(following, head)
+    at.add_incoming(next_at, head)
+    b.cbranch(b.icmp_unsigned("!=", following, _const(0)), head, after)
     b.position_at_end(after)
-    return n_next
+    return total
 
 
 @intrinsic
-def scan_row(typingctx, scores, n, threshold, base, step, shift, values, keys, maxima):
-    """Appends (score * step + shift, base + position) of the int32 scores[:n] above ``threshold``; returns how many.
+def scan_row(typingctx, scores, n, threshold, base, keys, maxima):
+    """Appends base + position (int32) of each of the int32 scores[:n] above ``threshold``; returns how many.
 
-    Leaves in maxima[GROUPS] the maxima of the scores in GROUPS groups of positions. Values have the type of ``step``,
-    keys are int32.
+    Reads whole groups of 64 scores, and ``keys`` needs room for four more. Leaves in maxima[GROUPS] the maxima of
+    GROUPS groups of the scores.
     """
 
     def codegen(context, b, signature, args):
-        scores, n, threshold, base, step, shift, values, keys, maxima = args
-        size = _bytes(_float(signature.args[4]))
+        scores, n, threshold, base, keys, maxima = args
         vt = ir.VectorType(I32, LANES)
         lowest = ir.Constant(vt, [-(2**31)] * LANES)
         limit = _splat(b, b.trunc(threshold, I32), LANES)
 
-        def larger(b, x, y):
-            return _call(b, "smax", vt, [x, y])
+        def word(b, i, carried, masked=False):
+            """64 scores from position i on."""
+            count, *best = carried
+            bits = _const(0)
+            for half in range(2):
+                hits = []
+                for v in range(32 // LANES):
+                    at = half * 32 + v * LANES
+                    x = _load(b, b.add(scores, b.mul(i, _const(4))), at * 4, vt)
+                    if masked:
+                        x = b.select(_tail_mask(b, b.sub(b.sub(n, i), _const(at)), LANES), x, lowest)
+                    hits.append(b.icmp_signed(">", x, limit))
+                    best[v % 2] = _call(b, "smax", vt, [best[v % 2], x])
+                joined = b.zext(b.bitcast(_join(b, hits), I32), I64)
+                bits = b.or_(bits, b.shl(joined, _const(32 * half)))
+            return [_emit_bits(b, bits, b.add(base, i), keys, count), *best]
 
-        def append(b, i, hits, carried, any_hit):
-            """Appends the lanes of ``hits``, the vectors of bits of the scores from position i on."""
-            joined = hits[0]
-            for v in range(1, len(hits)):
-                order = ir.Constant(ir.VectorType(I32, (v + 1) * LANES), list(range((v + 1) * LANES)))
-                following = hits[v]
-                if v > 1:
-                    widen = [*range(LANES), *([LANES] * ((v - 1) * LANES))]
-                    none = ir.Constant(following.type, [0] * LANES)
-                    following = b.shuffle_vector(following, none, ir.Constant(ir.VectorType(I32, v * LANES), widen))
-                joined = b.shuffle_vector(joined, following, order)
-            width = len(hits) * LANES
-            integer = ir.IntType(width)
-            before = b.block
-            hit, join = b.function.append_basic_block("row.hit"), b.function.append_basic_block("row.join")
-            b.cbranch(any_hit, hit, join)
-            b.position_at_end(hit)
-            row, first = b.add(scores, b.mul(i, _const(4))), b.add(base, i)
-
-            def emit(b, t, at):
-                raw = _load(b, row, b.mul(t, _const(4)), I32)
-                value = b.fadd(b.fmul(b.sitofp(raw, step.type), step), shift)
-                _store(b, value, values, b.mul(at, _const(size)))
-                _store(b, b.trunc(b.add(first, t), I32), keys, b.mul(at, _const(4)))
-
-            count = _append_hits(b, b.bitcast(joined, integer), width, carried, emit)
-            hit_end = b.block
-            b.branch(join)
-            b.position_at_end(join)
-            phi = b.phi(I64)
-            phi.add_incoming(carried, before)
-            phi.add_incoming(count, hit_end)
-            return phi
-
-        def any_above(b, x):
-            bits = b.bitcast(b.icmp_signed(">", x, limit), ir.IntType(LANES))
-            return b.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
-
-        def four(b, i, carried):
-            count, low, high = carried
-            x = [_load(b, b.add(scores, b.mul(i, _const(4))), v * LANES * 4, vt) for v in range(4)]
-            pairs = [larger(b, x[0], x[1]), larger(b, x[2], x[3])]
-            any_hit = any_above(b, larger(b, *pairs))
-            count = append(b, i, [b.icmp_signed(">", v, limit) for v in x], count, any_hit)
-            return [count, larger(b, low, pairs[0]), larger(b, high, pairs[1])]
-
-        def one(b, i, carried):
-            count, low, high = carried
-            mask = _tail_mask(b, b.sub(n, i), LANES)
-            x = b.select(mask, _load(b, scores, b.mul(i, _const(4)), vt), lowest)
-            count = append(b, i, [b.icmp_signed(">", x, limit)], count, any_above(b, x))
-            return [count, larger(b, x, high), low]
-
-        done, carried = _loop(b, _const(0), n, [_const(0), lowest, lowest], four, 4 * LANES)
-        rounded = b.add(n, _const(LANES - 1))
-        _, (count, low, high) = _loop(b, done, rounded, carried, one, LANES)
+        done, carried = _loop(b, _const(0), n, [_const(0), lowest, lowest], word, 64)
+        rest, (count, low, high) = _loop(
+            b, done, b.add(n, _const(63)), carried, lambda b, i, carried: word(b, i, carried, masked=True), 64
+        )
         _store(b, low, maxima)
         _store(b, high, maxima, LANES * 4)
         return count
 
     int64 = types.int64
-    return int64(ADDRESS, int64, int64, int64, step, step, ADDRESS, ADDRESS, ADDRESS), codegen
+    return int64(ADDRESS, int64, int64, int64, ADDRESS, ADDRESS), codegen
+
+
+@intrinsic
+def fetch_scores(typingctx, scores, keys, n, step, shift, values):
+    """values[t] = scores[keys[t]] * step + shift for t < n; scores and keys int32, values of the type of ``step``."""
+
+    def codegen(context, b, signature, args):
+        scores, keys, n, step, shift, values = args
+        size = _bytes(_float(signature.args[3]))
+
+        def body(b, t, _):
+            key = b.sext(_load(b, keys, b.mul(t, _const(4)), I32), I64)
+            raw = _load(b, scores, b.mul(key, _const(4)), I32)
+            _store(b, b.fadd(b.fmul(b.sitofp(raw, step.type), step), shift), values, b.mul(t, _const(size)))
+            return []
+
+        _loop(b, _const(0), n, [], body)
+        return context.get_dummy_value()
+
+    return types.void(ADDRESS, ADDRESS, types.int64, step, step, ADDRESS), codegen
 
 
 @intrinsic
