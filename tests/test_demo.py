@@ -95,7 +95,7 @@ def test_a_prediction_does_not_see_what_follows(corpus: Corpus) -> None:
     changed[:, 30:] = 7
     before, after = model(tokens), model(changed)
     assert not before[:, 30:].isclose(after[:, 30:]).all()
-    assert before[:, :30].equal(after[:, :30])
+    torch.testing.assert_close(before[:, :30], after[:, :30])
 
 
 def test_captured_qkv_are_what_attention_gets(corpus: Corpus) -> None:
@@ -140,10 +140,10 @@ def test_training_lowers_both_losses_and_repeats_itself(corpus: Corpus) -> None:
         attends = (entmax_attend(1.5), softmax_attend)
         sizes = {"layers": 1, "heads": 2, "head_dim": 16}
         learners = [Learner("", Transformer(corpus.tokenizer.vocab_size, attend, **sizes)) for attend in attends]
-        assert list(train(learners, corpus, steps=25, batch=4, seqlen=64)) == list(range(1, 26))
+        assert list(train(learners, corpus, steps=50, batch=4, seqlen=64)) == list(range(1, 51))
         held_out = held_out_loss(learners[0].model, corpus, seqlen=64)
         assert held_out < math.log(corpus.tokenizer.vocab_size) - 0.5
-        assert all(learner.tokens == 25 * 4 * 64 and learner.attention.seconds > 0 for learner in learners)
+        assert all(learner.tokens == 50 * 4 * 64 and learner.attention.seconds > 0 for learner in learners)
         assert all(learner.attention.seconds < learner.seconds for learner in learners)
         return [learner.losses for learner in learners]
 
