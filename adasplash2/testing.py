@@ -169,10 +169,9 @@ def _moves(
     in_reach = keep & ((alpha - 1) * x + 1 + 2 * (eps_z + eps_top) >= 0)
     eps_z = eps_z.masked_fill(~in_reach, 0).amax(-1, keepdim=True)
     shift = 2 * eps_z / (alpha - 1)
-    (p, w, b, a), (p_high, w_high, b_high, a_high), (_, w_low, b_low, a_low) = (
+    (p, w, b, a, _), (p_high, w_high, b_high, a_high, possible), (p_low, w_low, b_low, a_low, _) = (
         [t.masked_fill(~keep, 0) for t in _terms(*weights(x, at, alpha))] for at in (lam, lam - shift, lam + shift)
     )
-    possible = p_high > 0
     lost = _smallest(dtype) * possible
     return _Moves(
         p,
@@ -186,15 +185,16 @@ def _moves(
         b_move=torch.maximum(b_high - b, b - b_low) + lost,
         a_move=2 * torch.maximum((a_high - a).abs(), (a - a_low).abs()) + lost,  # A has one peak, maybe in between
         possible=possible,
-        certain=w_low > torch.finfo(acc).tiny,
+        certain=p_low > torch.finfo(acc).tiny,  # what underflows may be counted or not
         eps_z=eps_z,
         margin=2 * eps_z,
     )
 
 
-def _terms(p: Tensor, w: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _terms(p: Tensor, w: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p, w, B, A, and whether the key is in the support."""
     y = (-log_u).masked_fill(p == 0, 0)
-    return p, w, p * (1 + y), p * (torch.expm1(y) - y)
+    return p, w, p * (1 + y), p * (torch.expm1(y) - y), torch.isfinite(log_u)
 
 
 def _attention_moves(dense: Dense, part: Slice, lams: Tensor) -> _Moves:
@@ -360,15 +360,18 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
     dx, dalpha = BACKEND.entmax_backward(p.double(), dp.double(), alpha, rows)
     used_alpha = alpha if rows is None else rows[:, None]
     p64, g = p.double(), dp.double()
-    _, w, b_term, a_term = _terms(p64, torch.where(p64 > 0, p64 ** (2 - used_alpha), 0), (used_alpha - 1) * p64.log())
+    log_p = p64.log()
+    w = torch.where(p64 > 0, torch.exp((2 - used_alpha) * log_p), 0)
+    _, _, b_term, a_term, support = _terms(p64, w, (used_alpha - 1) * log_p)
     w_sum = w.sum(-1, keepdim=True)
     delta = _ratio((w * g.abs()).sum(-1, keepdim=True), w_sum, torch.full_like(w_sum, torch.inf))
     natural = w * (g.abs() + delta)
     truth = Truth(p.dtype)
-    truth.add("dx", dx, _rounding("dx", acc) * natural, _rounding("dx", p.dtype) * dx.abs(), natural)
+    power = natural * (1 - log_p).masked_fill(~support, 0)  # a power is as good as its logarithm
+    truth.add("dx", dx, _rounding("dx", acc) * power, _rounding("dx", p.dtype) * dx.abs(), natural)
     if dalpha is not None:
         still = torch.zeros_like(w)
-        m = _Moves(p64, w, still, still, w, w, b_term, a_term, still, still, p64 > 0, p64 > 0, still, still)
+        m = _Moves(p64, w, still, still, w, w, b_term, a_term, still, still, support, support, still, still)
         bound, scale = _alpha_bound(m, g, still, used_alpha, _rounding("dalpha", acc))
         # The reference takes the sum of p for 1. Formulas that do not differ by how far rounding has taken it from 1.
         off_one = (p64.sum(-1, keepdim=True) - 1).abs() + _rounding("dalpha", acc)

@@ -294,10 +294,11 @@ class ReferenceBackend:
         block_map = torch.zeros(*rows, blocks_m, blocks_n, dtype=torch.bool, device=dense.q.device)
         pairs, visible_blocks = 0, 0
         for part in dense.slices(multiple=block_m):
-            p, _, _ = dense.weights(part, find_lam(part.x, dense.alpha))
-            size[:, :, part.rows] = (p > 0).sum(-1, dtype=torch.int32)
+            _, _, log_u = weights(part.x, find_lam(part.x, dense.alpha), dense.alpha)
+            support = torch.isfinite(log_u) & part.visible & ~part.poisoned  # p > 0, also where float64 underflows
+            size[:, :, part.rows] = support.sum(-1, dtype=torch.int32)
             first = part.rows.start // block_m
-            blocks = any_in_blocks(p > 0, block_m, block_n)
+            blocks = any_in_blocks(support, block_m, block_n)
             block_map[:, :, first : first + blocks.shape[2]] = blocks
             pairs += int(part.visible.sum()) * request.heads_q
             visible_blocks += int(any_in_blocks(part.visible, block_m, block_n).sum()) * request.heads_q

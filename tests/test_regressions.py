@@ -249,6 +249,16 @@ def test_entmax_of_scores_that_are_not_finite(target, alpha):
     assert_close(p, entmax_truth(request), "p", target.name)
 
 
+def test_entmax_gradients_of_nan_are_nan(target):
+    p = torch.tensor([[0.5, 0.5], [torch.nan, torch.nan]]).to(target.device)
+    dp = torch.tensor([[1.0, 2.0], [1.0, 2.0]]).to(target.device)
+    backend = registry.resolve(EntmaxRequest(p), target.name)
+    for alpha_rows in (None, torch.tensor([1.5, 1.5]).to(target.device)):
+        dx, dalpha = backend.entmax_backward(p, dp, 1.5, alpha_rows)
+        assert dx.isnan().tolist() == [[False, False], [True, True]]
+        assert dalpha is None or dalpha.isnan().tolist() == [False, True]
+
+
 def test_entmax_of_scores_below_every_stand_in(target):
     x = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)).to(target.device)
     for offset in (-2048.0, -(2.0**20), 2.0**20):
