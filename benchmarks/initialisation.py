@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from adasplash2.backends._math import exponent
 from cases import captured
 from rich.console import Console
 from rich.table import Table
@@ -71,7 +70,7 @@ def exact_tau(z: Tensor) -> Tensor:
 
 def newton_step(z: Tensor, tau: Tensor) -> Tensor:
     """One step on the norm: tau + (f - f ** (1 - 1 / r)) / g with f = sum u ** r, g = sum u ** (r - 1)."""
-    r = exponent(ALPHA)
+    r = 1 / (ALPHA - 1)
     u = (z - tau).clamp(min=0)
     f, g = (u**r).sum(-1, keepdim=True), (u ** (r - 1)).sum(-1, keepdim=True)
     return tau + (f - f ** (1 - 1 / r)) / g
@@ -182,26 +181,23 @@ def compare() -> list[dict[str, Any]]:
     return rows
 
 
-def _table(rows: Sequence[dict[str, Any]], inputs: str) -> Table:
-    """The rows of one kind of inputs, for a terminal."""
-    rows = [row for row in rows if row["inputs"] == inputs]
-    made = Table(title=f"{inputs}: {rows[0]['tiles_needed']:.0%} of the tiles hold support", title_justify="left")
-    made.add_column("initialisation")
-    for heading in ("gap", *(f"{step} steps" for step in range(1, NEWTON_STEPS + 1))):
-        made.add_column(heading, justify="right")
-    for goal in ACCURACIES:
-        made.add_column(f"passes to {goal:g}", justify="right")
-    made.add_column("tiles kept", justify="right")
-    for row in rows:
-        gaps, passes = (f"{gap:.1e}" for gap in row["gaps"]), (f"{cost:.2f}" for cost in row["passes"].values())
-        made.add_row(row["initialisation"], *gaps, *passes, f"{row['tiles_kept']:.0%}")
-    return made
-
-
 def show(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table for each kind of inputs."""
+    console.print(
+        "\nworst gap to tau at first, after 1 step, after 2; passes over the scores to accuracies; tiles kept"
+    )
     for inputs in INPUTS:
-        console.print(_table(rows, inputs))
+        own = [row for row in rows if row["inputs"] == inputs]
+        table = Table(box=None, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        for heading in ("gap", "+1", "+2", *(f"{goal:.0e}" for goal in ACCURACIES), "tiles"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in own:
+            gaps = (f"{gap:.0e}" for gap in row["gaps"][:3])
+            passes = (f"{cost:.2f}" for cost in row["passes"].values())
+            table.add_row(row["initialisation"], *gaps, *passes, f"{row['tiles_kept']:.0%}")
+        console.print(f"\n[bold]{inputs}[/]: {own[0]['tiles_needed']:.0%} of the tiles hold support", highlight=False)
+        console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -147,20 +147,20 @@ def _call(forward: Forward, arguments: tuple[Tensor, ...], dout: Tensor, mode: s
 def _cells(row: Row) -> tuple[str, str, str]:
     if row["status"] != "timed":
         return row["status"], "", ""
-    speedup = "{:.2f} ({:.2f} to {:.2f})".format(*row["speedup"]) if "speedup" in row else ""
+    speedup = "{:.3g} ({:.3g}-{:.3g})".format(*row["speedup"]) if "speedup" in row else ""
     peak = row["peak_bytes"]
     return f"{row['ms'][0]:.4g}", speedup, "" if peak is None else f"{peak / 1e6:.0f}"
 
 
-def _table(case: Case, support: dict[str, float], rows: list[Row], modes: Sequence[str]) -> Table:
+def _show(case: Case, support: dict[str, float], rows: list[Row], modes: Sequence[str], console: Console) -> None:
     density = f"support {support['size']:.4g} keys a row, {support['elements']:.2%}"
     if "blocks" in support:
         density += f" of the elements, {support['blocks']:.0%} of the blocks"
-    title = f"\n[bold]{case.name}[/]: {density}; speed in units of {baseline(case)}'s"
-    table = Table(title=title, title_justify="left", title_style="", box=None)
-    table.add_column("")
+    console.print(f"\n[bold]{case.name}[/]: {density}; speed in units of {baseline(case)}'s", highlight=False)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for mode in modes:
-        for heading in (f"{mode} ms", "speed (20 to 80%)", "MB"):
+        for heading in (f"{mode} ms", "speed (20-80%)", "MB"):
             table.add_column(heading, justify="right", no_wrap=True)
     by_provider: dict[str, list[Row]] = {}
     for row in rows:
@@ -168,7 +168,11 @@ def _table(case: Case, support: dict[str, float], rows: list[Row], modes: Sequen
     for name, own_rows in by_provider.items():
         if any(row["status"] != "skipped" for row in own_rows):
             table.add_row(name, *(cell for row in own_rows for cell in _cells(row)))
-    return table
+    console.print(table)
+    for row in rows:
+        if row["status"] in UNHEALTHY:
+            message = f"[red]{row['provider']} {row['mode']} {row['status']}[/]: {escape(row['reason'])}"
+            console.print(message, highlight=False)
 
 
 def _parser(names: Sequence[str]) -> argparse.ArgumentParser:
@@ -222,20 +226,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = results["stamp"]["load_average"]
     if load is not None and load > BUSY * results["stamp"]["cores"]:
         console.print(f"[yellow]this machine is busy (load {load:.1f}): trust the ratios, not the times[/]")
-    complete = unfiltered and not options.quick
+    complete = False
     try:
         with _progress(console) as progress:
             _time_cases(cases, chosen, options, results, progress)
             if unfiltered:
                 _extras(options.device, results, progress)
+        complete = unfiltered and not options.quick
     except KeyboardInterrupt:
-        complete = False
         console.print("interrupted: keeping what was measured")
-    name = f"{machine_slug(results['stamp'])}-{results['stamp']['date'][:10]}"
-    path = options.json or RESULTS / (f"{name}.json" if complete else f"{name}-partial.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"written: {path}", soft_wrap=True)
+    finally:
+        name = f"{machine_slug(results['stamp'])}-{results['stamp']['date'][:10]}"
+        path = options.json or RESULTS / (f"{name}.json" if complete else f"{name}-partial.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+        console.print(f"written: {path}", soft_wrap=True)
     return int(any(row["status"] in UNHEALTHY for row in results["rows"]))
 
 
@@ -261,11 +266,7 @@ def _time_cases(
         rows = time_case(case, chosen, modes, options.device, seconds, min_rounds, say)
         results["cases"].append(case.describe() | {"support": support})
         results["rows"] += rows
-        progress.console.print(_table(case, support, rows, modes))
-        for row in rows:
-            if row["status"] in UNHEALTHY:
-                message = f"[red]{row['provider']} {row['mode']} {row['status']}[/]: {escape(row['reason'])}"
-                progress.console.print(message, highlight=False)
+        _show(case, support, rows, modes, progress.console)
         progress.advance(task)
 
 
