@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from .threads import run_stage
 __all__ = ["BACKEND", "NumbaBackend"]
 
 SAVED_PER_ROW = 48  # entries of the support kept for backward, on average over a tile; more is found again
+SCRATCH_KEPT = 1 << 25
 SMALL_WORK = 1 << 21  # products (query, key, channel) below which one thread is faster than two
 INITS = {"maxima": kernels.INIT_MAXIMA, "histogram": kernels.INIT_HISTOGRAM}
 
@@ -71,15 +73,24 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=dtype or self.dtype)
 
-    def workspace(self, bytes_per_thread: int) -> tuple[np.ndarray, int]:
-        """A buffer for all threads (to be kept alive) and the address of its first cache line."""
-        buffer = np.empty(self.threads * bytes_per_thread + 64, np.uint8)
-        return buffer, _cache_line(buffer)
+    def workspace(self, bytes_per_thread: int) -> int:
+        """Address of a buffer for all threads."""
+        return scratch("workspace", self.threads * bytes_per_thread)
 
 
-def _cache_line(buffer: np.ndarray) -> int:
-    address: int = buffer.ctypes.data
-    return address + -address % 64
+_scratch = threading.local()
+
+
+def scratch(name: str, size: int) -> int:
+    """Address, on a cache line, of a buffer of this Python thread that lives until the next call with this name.
+
+    Kept between calls up to SCRATCH_KEPT bytes: pages fresh from the system cost more than the work on them.
+    """
+    buffers: dict[str, np.ndarray] = _scratch.__dict__
+    buffer = buffers.get(name)
+    if buffer is None or buffer.nbytes < size + 64 or buffer.nbytes > max(SCRATCH_KEPT, size + 64):
+        buffer = buffers[name] = np.empty(size + 64, np.uint8)
+    return buffer.ctypes.data + -buffer.ctypes.data % 64
 
 
 def _address(array: np.ndarray) -> int:
@@ -93,10 +104,10 @@ class _Panels:
         batch, _, heads_kv, _, seqlen_k, dim, _ = call.shape
         chunks = -(-seqlen_k // kernels.BLOCK_N)
         n = batch * heads_kv * chunks
-        self._panels = np.empty(n * kernels.PANELS * ((dim + 1) // 2) * kernels.NR * 4 + 64, np.uint8)
         self._steps = np.empty(n, np.float64)
         bad_keys = np.empty(n, np.int64)
-        self.address, self.steps = _cache_line(self._panels), _address(self._steps)
+        self.address = scratch("panels", n * kernels.PANELS * ((dim + 1) // 2) * kernels.NR * 4)
+        self.steps = _address(self._steps)
         run_stage(
             kernels.pack,
             call.threads,
@@ -149,7 +160,7 @@ def _run_forward(
     blocks: tuple[int, int, int] = (0, 1, 1),
 ) -> None:
     """The forward stage over some tiles; ``outputs`` are the addresses of out, tau, shifts, sizes and tile states."""
-    keep, workspace = call.workspace(kernels.workspace_layout.py_func(call.shape, call.size)[-1])
+    workspace = call.workspace(kernels.workspace_layout.py_func(call.shape, call.size)[-1])
     run_stage(
         kernels.forward,
         call.threads,
@@ -294,7 +305,7 @@ class NumbaBackend:
         dense = _DenseKeys(call)
         k_panels, v_rows = dense.panels(call.k), dense.rows(call.v)
         layout = kernels.dense_layout.py_func(call.shape, 0, dense.columns_v, call.size)
-        keep, workspace = call.workspace(layout[-1])
+        workspace = call.workspace(layout[-1])
         run_stage(
             kernels.dense_forward,
             call.threads,
@@ -357,8 +368,8 @@ class NumbaBackend:
         batch, _, heads_kv, _, seqlen_k, _, _ = call.shape
         _, _, _, sizes, states = saved
         support = _Support(call, saved)
-        p, ds = call.empty(support.total), call.empty(support.total)
-        keep, workspace = call.workspace((seqlen_k + kernels.NR) * call.size)
+        p, ds = (scratch(name, support.total * call.size) for name in ("p", "ds"))
+        workspace = call.workspace((seqlen_k + kernels.NR) * call.size)
         run_stage(
             kernels.dq,
             call.threads,
@@ -376,8 +387,8 @@ class NumbaBackend:
             _address(support.keys),
             _address(support.entries),
             _address(support.offsets),
-            p.data_ptr(),
-            ds.data_ptr(),
+            p,
+            ds,
             dq.data_ptr(),
             0 if dalpha is None else dalpha.data_ptr(),
             call.size,
@@ -387,7 +398,7 @@ class NumbaBackend:
         parts = min(-(-2 * call.threads // (batch * heads_kv)), seqlen_k) if call.threads > 1 else 1
         per_thread = (seqlen_k + 2) * 8 + support.largest_head * (4 + 2 * call.size) + 64
         per_thread = -(-per_thread // 64) * 64
-        keep, workspace = call.workspace(per_thread)
+        workspace = call.workspace(per_thread)
         run_stage(
             kernels.dkv,
             call.threads,
@@ -400,8 +411,8 @@ class NumbaBackend:
             states.data_ptr(),
             _address(support.keys),
             _address(support.offsets),
-            p.data_ptr(),
-            ds.data_ptr(),
+            p,
+            ds,
             parts,
             dk.data_ptr(),
             dv.data_ptr(),
@@ -431,7 +442,7 @@ class NumbaBackend:
         dk_sums = torch.zeros((parts, batch, heads_kv, padded_k, dense.columns_q), dtype=call.dtype)
         dv_sums = torch.zeros((parts, batch, heads_kv, padded_k, dense.columns_v), dtype=call.dtype)
         layout = kernels.dense_layout.py_func(call.shape, dense.columns_q, dense.columns_v, call.size)
-        keep, workspace = call.workspace(layout[-1])
+        workspace = call.workspace(layout[-1])
         run_stage(
             kernels.dense_backward,
             call.threads,
@@ -501,11 +512,10 @@ class NumbaBackend:
         p = torch.empty((rows, n), dtype=dtype)
         if p.numel():
             alphas = _row_alphas(request.alpha, request.alpha_rows, rows)
-            buffer = np.empty(threads * (n * like.itemsize + 128) + 64, np.uint8)
             run_stage(
                 kernels.entmax_rows,
                 threads,
-                _cache_line(buffer),
+                scratch("workspace", threads * (n * like.itemsize + 128)),
                 rows,
                 n,
                 z.data_ptr(),
@@ -527,11 +537,10 @@ class NumbaBackend:
         dalpha = None if alpha_rows is None else torch.zeros(rows, dtype=torch.float64)
         if dx.numel():
             alphas = _row_alphas(alpha, alpha_rows, rows)
-            buffer = np.empty(threads * (n * like.itemsize + 192) + 64, np.uint8)
             run_stage(
                 kernels.entmax_rows_backward,
                 threads,
-                _cache_line(buffer),
+                scratch("workspace", threads * (n * like.itemsize + 192)),
                 rows,
                 n,
                 weights.data_ptr(),

@@ -55,7 +55,7 @@ INIT_MAXIMA, INIT_HISTOGRAM = 0, 1
 HISTOGRAM_BINS = 16
 TIGHTEN_AT = 64  # candidates of a row that make its bound worth another Newton step
 DENSE_SHARE = 0.25  # candidates per scanned key from which on a tile is cheaper dense
-DENSE_AFTER = 128  # scanned keys per row before that is judged
+DENSE_AFTER, DENSE_ROWS = 128, 4  # scanned keys per row, and rows, before that is judged
 
 ENTMAX_ROWS = 8  # rows per work item
 
@@ -365,8 +365,10 @@ def find_support(
                     limits[i] = max(TIGHTEN_AT, 2 * n)
                 counts[i] = n
                 total += n
-        if may_be_dense and scanned >= DENSE_AFTER * n_rows and total > DENSE_SHARE * scanned:
-            return False
+                rows = i + 1
+                if may_be_dense and rows >= DENSE_ROWS and scanned >= DENSE_AFTER * rows:
+                    if total > DENSE_SHARE * scanned:
+                        return False
 
     for i in range(n_rows):
         n = counts[i]

@@ -58,10 +58,10 @@ def _host_tile() -> RegisterTile:
     """12 accumulators of 16 registers, or 24 of 32: the rest holds the operands."""
     features = llvm.get_host_cpu_features()
     if features.get("avx512f") and features.get("avx512bw"):
-        return RegisterTile(64, 12, 2)
+        return RegisterTile(64, 6, 4)
     if features.get("avx2"):
         return RegisterTile(32, 6, 2)
-    return RegisterTile(16, 6 if features.get("sse2") else 12, 2)
+    return RegisterTile(16, 6, 2 if features.get("sse2") else 4)
 
 
 _TILE = _host_tile()
