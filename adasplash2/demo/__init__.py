@@ -97,11 +97,13 @@ def _train(args: argparse.Namespace, console: Console) -> Results | None:
         f"{len(entmax.model.blocks)} layers, {args.seqlen} tokens per sequence\n"
         f"threads: {torch.get_num_threads()}"
     )
-    served = adasplash2.explain(*capture_qkv(softmax.model, sample)[0], alpha=args.alpha, is_causal=True)
+    q, k, v = capture_qkv(softmax.model, sample)[0]
+    served = adasplash2.explain(q, k, v, alpha=args.alpha, is_causal=True)
     console.print(f"entmax attention, alpha {args.alpha:g}: served by the backend {served.chosen}", highlight=False)
-    with console.status("first call: compiling the kernels"):
-        support_per_layer(entmax.model, sample, args.alpha)
-        entmax.model(sample).sum().backward()
+    with console.status("compiling the kernels, if this is the first time"):
+        # Backends may compile when they first meet a kind of scores: sparse ones, and equal ones, which are dense.
+        for gain in (1.0, 0.0):
+            entmax.model.attend((gain * q).requires_grad_(), k, v).sum().backward()
 
     def share_of_zeros() -> float:
         stats = support_per_layer(entmax.model, sample, args.alpha)
