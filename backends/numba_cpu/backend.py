@@ -268,7 +268,7 @@ class NumbaBackend:
     ) -> tuple[AttentionResult, Tensor]:
         """The result and the support size per row; ``blocks`` is a block map to fill: address, block_m, block_n."""
         call = _Call(request, self._init)
-        batch, heads_q, _, seqlen_q, seqlen_k, dim, dim_v = call.shape
+        batch, heads_q, _, seqlen_q, seqlen_k, _, dim_v = call.shape
         out = call.empty(batch, heads_q, seqlen_q, dim_v)
         tau, shifts = call.empty(batch, heads_q, seqlen_q), call.empty(batch, heads_q, seqlen_q)
         sizes = call.empty(batch, heads_q, seqlen_q, dtype=torch.int32)
@@ -329,9 +329,7 @@ class NumbaBackend:
             call.like,
         )
 
-    def backward(
-        self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
-    ) -> AttentionGrads:
+    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         call = _Call(request, self._init)
         batch, heads_q, heads_kv, seqlen_q, seqlen_k, dim, dim_v = call.shape
         dq = call.empty(batch, heads_q, seqlen_q, dim)

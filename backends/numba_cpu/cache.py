@@ -45,7 +45,7 @@ class _SourcesCache(FunctionCache):
 
 
 def _announce() -> None:
-    global _announced  # noqa: PLW0603
+    global _announced
     if not _announced:
         _announced = True
         _log.warning("adasplash2: compiling the CPU kernels; this takes some seconds, once per machine and version")

@@ -241,7 +241,7 @@ def last_key(row, is_causal, length_q, length_k):
 
 @inlined
 def load_queries(row0, n_rows, q, stride, dim, factor, scaled, packed, steps, bad, scratch, size, like):
-    """scaled = q * factor, packed = the same as int16 pairs (groups of MR rows), steps = their scales; marks bad rows."""
+    """scaled = q * factor; packed = these as int16 pairs in groups of MR rows, of scale ``steps``; bad = not finite."""
     n_pairs = (dim + 1) // 2
     zero = scratch
     pairs = scratch + 64
@@ -366,9 +366,9 @@ def find_support(
                 counts[i] = n
                 total += n
                 rows = i + 1
-                if may_be_dense and rows >= DENSE_ROWS and scanned >= DENSE_AFTER * rows:
-                    if total > DENSE_SHARE * scanned:
-                        return False
+                judged = may_be_dense and rows >= DENSE_ROWS and scanned >= DENSE_AFTER * rows
+                if judged and total > DENSE_SHARE * scanned:
+                    return False
 
     for i in range(n_rows):
         n = counts[i]
@@ -399,6 +399,7 @@ def find_support(
 
 @helper
 def fill(address, n, value, size):
+    """n elements of ``value``, of ``size`` bytes, from the address on."""
     for j in range(n):
         store(address + j * size, value)
 
@@ -452,7 +453,8 @@ def forward(
 
     The support of a tile goes to the addresses in tile_keys and tile_entries if it has at most ``tile_capacity``
     entries; if not, the tile is marked RESCAN. block_map (heads, blocks of block_m queries, blocks of block_n keys),
-    if its address is not 0, gets a 1 for every block that holds support. Without output (to find such a support again) nothing else is written.
+    if its address is not 0, gets a 1 for every block that holds support. Without output (to find such a support again)
+    nothing else is written.
     """
     _, heads_q, heads_kv, seqlen_q, seqlen_k, dim, dim_v = shape
     n_tiles = (seqlen_q + BLOCK_M - 1) // BLOCK_M
@@ -555,7 +557,9 @@ def forward(
             is_bad = i < n_valid and bad[i]
             n = counts[i] if i < n_valid and not is_bad else 0
             fill(target, dim_v, nan if is_bad else cast(0.0, like), size)
-            store_row(tau, shifts, sizes, row, pivots[i] if n else 0.0, lower[i] if n else np.inf, n, is_bad, size, like)
+            store_row(
+                tau, shifts, sizes, row, pivots[i] if n else 0.0, lower[i] if n else np.inf, n, is_bad, size, like
+            )
             vals = values + i * capacity * size
             power_row(vals, n, cast(r, like), weights)
             accumulate_rows(v_rows, v_strides[2], keys + i * capacity * 4, weights, n, dim_v, target, like)

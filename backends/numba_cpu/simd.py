@@ -217,7 +217,7 @@ def _real(vt, x):
 
 
 def _log2(b, x):
-    """log2 of positive normal float32 lanes: x = 2**e m with m near 1, log m = 2 atanh((m - 1) / (m + 1)) in 5 terms."""
+    """log2 of positive normal float32 lanes: x = 2**e m, m near 1, log m = 2 atanh((m - 1) / (m + 1)) in 5 terms."""
     vt, it = x.type, ir.VectorType(I32, x.type.count)
     root_half = ir.Constant(it, [0x3F3504F3] * it.count)
     bits = b.sub(b.bitcast(x, it), root_half)
@@ -280,6 +280,8 @@ def load(typingctx, address, like):
 
 @intrinsic
 def store(typingctx, address, value):
+    """Writes ``value``, in its own type, to ``address``."""
+
     def codegen(context, b, signature, args):
         _store(b, args[1], args[0])
         return context.get_dummy_value()
@@ -513,7 +515,7 @@ def scan_row(typingctx, scores, n, threshold, base, keys, maxima):
             return [_emit_bits(b, bits, b.add(base, i), keys, count), *best]
 
         done, carried = _loop(b, _const(0), n, [_const(0), lowest, lowest], word, 64)
-        rest, (count, low, high) = _loop(
+        _, (count, low, high) = _loop(
             b, done, b.add(n, _const(63)), carried, lambda b, i, carried: word(b, i, carried, masked=True), 64
         )
         _store(b, low, maxima)
@@ -684,7 +686,7 @@ def power_row(typingctx, src, n, exponent, out):
 
 @intrinsic
 def power_sums(typingctx, values, n, tau, r):
-    """(sum of u**(r-1), sum of u**r) with u = max(values[:n] - tau, 0) and 0 ** 0 = 0. tau and r of the values' type."""
+    """(sum of u**(r-1), sum of u**r) with u = max(values[:n] - tau, 0), 0 ** 0 = 0; tau and r of the values' type."""
     result = types.UniTuple(tau, 2)
 
     def codegen(context, b, signature, args):

@@ -30,7 +30,7 @@ _forked = False
 
 
 def _mark_forked() -> None:
-    global _forked  # noqa: PLW0603 - the only thing that a child knows about its fork
+    global _forked
     _forked = True
 
 
