@@ -27,7 +27,7 @@ _STEPS_BETWEEN_MEASUREMENTS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options to a parser."""
-    parser.add_argument("--steps", type=_integer(1), default=320, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=_integer(1), default=400, help="training steps (default: %(default)s)")
     parser.add_argument(
         "--seqlen", type=_integer(_MAP_TOKENS), default=1024, help="tokens per sequence (default: %(default)s)"
     )
