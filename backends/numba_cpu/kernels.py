@@ -502,7 +502,8 @@ def forward(
             )
             first = load(first_bad + head_kv * 8, np.int64(0))
             for i in range(n_valid):
-                bad[i] = bad[i] or last_key(row0 + i, is_causal, length_q, length_k) > first
+                seen = last_key(row0 + i, is_causal, length_q, length_k)
+                bad[i] = seen > 0 and (bad[i] or seen > first)
             if not find_support(
                 row0,
                 n_valid,
@@ -746,6 +747,7 @@ def dense_forward(
             scores = strip + i * stride
             seen = last_key(row0 + i, is_causal, length_q, length_k)
             top, shift, n = 0.0, np.inf, 0
+            bad[i] = bad[i] and seen > 0
             if seen:
                 top = np.float64(maximum(scores, seen, like))
                 bad[i] = bad[i] or seen > first or not abs(top) < np.inf
@@ -1178,4 +1180,5 @@ def entmax_rows_backward(counter, workspace, n_rows, n, p, dp, alphas, dx, dalph
             shift_row(row_dp, n, delta, row_dx)
             multiply_rows(row_dx, w, n, cast(1.0, like), row_dx)
             if dalpha:
-                store(dalpha + row * 8, alpha_gradient(row_p, row_dp, n, alpha, size, like))
+                gradient = alpha_gradient(row_p, row_dp, n, alpha, size, like)
+                store(dalpha + row * 8, np.nan if delta != delta else gradient)
