@@ -15,7 +15,7 @@ from torch import Tensor
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
 from .._math import keys_seen, visible_counts
-from . import kernels
+from . import kernels, simd
 from .threads import run_stage
 
 __all__ = ["BACKEND", "NumbaBackend"]
@@ -90,7 +90,8 @@ def scratch(name: str, size: int) -> int:
     buffer = buffers.get(name)
     if buffer is None or buffer.nbytes < size + 64 or buffer.nbytes > max(SCRATCH_KEPT, size + 64):
         buffer = buffers[name] = np.empty(size + 64, np.uint8)
-    return buffer.ctypes.data + -buffer.ctypes.data % 64
+    address = _address(buffer)
+    return address + -address % 64
 
 
 def _address(array: np.ndarray) -> int:
@@ -106,7 +107,7 @@ class _Panels:
         n = batch * heads_kv * chunks
         self._steps = np.empty(n, np.float64)
         bad_keys = np.empty(n, np.int64)
-        self.address = scratch("panels", n * kernels.PANELS * ((dim + 1) // 2) * kernels.NR * 4)
+        self.address = scratch("panels", n * kernels.PANELS * ((dim + 1) // 2) * simd.NR * 4)
         self.steps = _address(self._steps)
         run_stage(
             kernels.pack,
@@ -279,10 +280,10 @@ class NumbaBackend:
         else:
             panels = _Panels(call)
             capacity = saved[0].shape[-1] if saved else 0
-            keys, entries = (
-                _addresses(t, capacity, call.n_tiles) if saved else np.zeros(call.n_tiles, np.int64)
-                for t in (saved or (None, None))[:2]
-            )
+            if saved:
+                keys, entries = (_addresses(t, capacity, call.n_tiles) for t in saved[:2])
+            else:
+                keys = entries = np.zeros(call.n_tiles, np.int64)
             # Each head from its last tile back: under a causal mask the costly tiles come first.
             items = np.arange(call.n_tiles).reshape(-1, call.tiles_per_head)[:, ::-1].ravel()
             outputs = [t.data_ptr() for t in (out, tau, shifts, sizes, states)]
@@ -367,7 +368,7 @@ class NumbaBackend:
         _, _, _, sizes, states = saved
         support = _Support(call, saved)
         p, ds = (scratch(name, support.total * call.size) for name in ("p", "ds"))
-        workspace = call.workspace((seqlen_k + kernels.NR) * call.size)
+        workspace = call.workspace((seqlen_k + simd.NR) * call.size)
         run_stage(
             kernels.dq,
             call.threads,

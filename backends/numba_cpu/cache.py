@@ -32,13 +32,13 @@ _STAMP = _sources_digest()
 
 class _SourcesCache(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
+        super().__init__(function)  # type: ignore[no-untyped-call]
         self._cache_file = IndexDataCacheFile(
             cache_path=self._cache_path, filename_base=self._impl.filename_base, source_stamp=_STAMP
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        found = super().load_overload(sig, target_context)
+        found = super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         if found is None:
             _announce()
         return found
@@ -53,7 +53,7 @@ def _announce() -> None:
 
 def stage(function: Callable[..., None]) -> Any:
     """Compiles a stage to run without the GIL, kept on disk between processes where a cache folder can be written."""
-    compiled = njit(nogil=True, error_model="numpy")(function)
+    compiled: Any = njit(nogil=True, error_model="numpy")(function)
     try:
         compiled._cache = _SourcesCache(function)
     except RuntimeError:  # Numba's answer when it finds no folder that it may write

@@ -82,7 +82,7 @@ def _openmp() -> Callable[..., None] | None:
         return None
     parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
     parallel.restype = None
-    return parallel  # type: ignore[no-any-return]
+    return parallel
 
 
 def _type_of(arg: Any) -> types.Type:
