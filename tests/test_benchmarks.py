@@ -184,7 +184,7 @@ def test_peak_memory_sees_a_temporary() -> None:
     peak = measure.peak_memory(lambda: torch.zeros(size, dtype=torch.int8).add_(1)[0], CPU)
     if peak is None:
         pytest.skip("this system does not let a process reset its peak")
-    assert size <= peak < 2 * size
+    assert size - measure.RSS_ERROR <= peak < 2 * size
 
 
 @pytest.mark.parametrize("item", initialisation.INITIALISATIONS, ids=lambda item: item.label)
