@@ -128,7 +128,7 @@ class _DenseKeys:
     """Keys and values as the dense stages read them: panels for q k^T, rows padded to whole register tiles."""
 
     def __init__(self, call: _Call) -> None:
-        self.columns = kernels.panel_columns.py_func(call.size)
+        self.columns: int = kernels.panel_columns.py_func(call.size)
         self.columns_q, self.columns_v = (self.whole(n) for n in call.shape[5:])
         self._call = call
 
@@ -350,7 +350,7 @@ class NumbaBackend:
             dq.to(request.q.dtype),
             dk.to(request.k.dtype),
             dv.to(request.v.dtype),
-            None if dalpha is None else dalpha.sum((0, 2)).to(request.alpha_heads.dtype),
+            _in_dtype_of(request.alpha_heads, None if dalpha is None else dalpha.sum((0, 2))),
         )
 
     def _sparse_backward(
@@ -550,7 +550,7 @@ class NumbaBackend:
                 like.itemsize,
                 like,
             )
-        return dx.to(p.dtype), None if dalpha is None else dalpha.to(alpha_rows.dtype)
+        return dx.to(p.dtype), _in_dtype_of(alpha_rows, dalpha)
 
 
 def _device_reasons(x: Tensor) -> tuple[str, ...]:
@@ -562,6 +562,10 @@ def _entmax_types(x: Tensor) -> tuple[torch.dtype, Any, int]:
     if x.dtype == torch.float64:
         return torch.float64, np.float64(0), threads
     return torch.float32, np.float32(0), threads
+
+
+def _in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
+    return None if alphas is None or dalpha is None else dalpha.to(alphas.dtype)
 
 
 def _row_alphas(alpha: float, alpha_rows: Tensor | None, rows: int) -> np.ndarray:
