@@ -41,6 +41,7 @@ class Case:
         dense_peers: whether the providers that need O(seqlen ** 2) memory, or long to compile, are timed here.
         compare_inits: whether the Numba backend's other initialisation of tau is timed too.
         quick: whether a quick run takes this case.
+        device: type of the device that the case is meant for.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Case:
     dense_peers: bool = False
     compare_inits: bool = False
     quick: bool = False
+    device: str = "cpu"
 
     @property
     def name(self) -> str:
@@ -75,7 +77,8 @@ class Case:
             parts.insert(0, "entmax")
         if self.alpha != 1.5:
             parts.append(f"alpha{self.alpha:g}")
-        return "-".join([*parts, DTYPE_NAMES[self.dtype]])
+        parts.append(DTYPE_NAMES[self.dtype])
+        return "-".join(parts if self.device == "cpu" else [*parts, self.device])
 
     @property
     def scale(self) -> float:
@@ -97,13 +100,20 @@ class Case:
             made = make_inputs(self.kind, **shape, dtype=self.dtype, device=device, **options)
         return (made.q, made.k, made.v), made.dout
 
+    @property
+    def block_m(self) -> int:
+        """Queries of the blocks whose share is given: what the backends for the device skip, by 64 keys."""
+        return 64 if self.device == "cpu" else 128
+
     def support(self, arguments: tuple[Tensor, ...]) -> dict[str, float]:
-        """Keys per row with p > 0 (mean), their share of the visible pairs, and that of the 64 x 64 blocks with any."""
+        """Keys per row with p > 0 (mean), their share of the visible pairs, and that of the blocks with any."""
         if self.op == "entmax":
             size = (adasplash2.entmax(arguments[0], self.alpha) > 0).sum(-1).double().mean().item()
             return {"size": size, "elements": size / self.seqlen}
         q, k, _ = arguments
-        stats = adasplash2.support(q, k, alpha=self.alpha, is_causal=self.is_causal, scale=self.scale)
+        stats = adasplash2.support(
+            q, k, alpha=self.alpha, is_causal=self.is_causal, scale=self.scale, block_m=self.block_m
+        )
         return {
             "size": stats.size.double().mean().item(),
             "elements": stats.element_density,
@@ -143,6 +153,8 @@ BF16 = torch.bfloat16
 # The kinds of inputs that softmax attention is compared on, from dense to sparse.
 KINDS = ("narrow", "iid", "real", "topics", "wide", "drifting")
 
+_GPU: dict[str, Any] = {"heads": 16, "dtype": BF16, "device": "cuda"}
+
 CASES: tuple[Case, ...] = (
     *(Case(kind, 512, quick=kind in ("iid", "real")) for kind in KINDS),
     *(Case(kind, 1024, quick=kind == "wide", dense_peers=kind == "iid") for kind in KINDS),
@@ -164,16 +176,32 @@ CASES: tuple[Case, ...] = (
     Case("iid", 512, op="entmax", quick=True),
     Case("iid", 4096, op="entmax"),
     Case("iid", 4096, op="entmax", alpha=2.0),
+    *(
+        Case("topics", seqlen, head_dim=head_dim, share=share, quick=seqlen == 8192, **_GPU)
+        for head_dim, seqlen, shares in (
+            (64, 8192, (0.5, 0.25, 0.1)),
+            (64, 32768, (0.25, 0.1)),
+            (128, 8192, (0.5, 0.25, 0.1)),
+            (128, 16384, (0.5, 0.25, 0.1)),
+        )
+        for share in shares
+    ),
+    Case("topics", 131072, share=0.25, **(_GPU | {"heads": 4})),
+    *(Case(kind, 8192, **_GPU) for kind in ("iid", "wide", "narrow")),
+    *(Case("topics", 8192, alpha=alpha, **_GPU) for alpha in (1.3, 2.0)),
+    Case("topics", 8192, is_causal=False, **_GPU),
+    Case("topics", 8192, **(_GPU | {"dtype": torch.float16})),
+    Case("iid", 4096, op="entmax", device="cuda"),
 )
 
 
-def find(patterns: list[str], quick: bool = False) -> list[Case]:
-    """The cases whose names match a shell pattern, all without patterns; quick: only those of a quick run.
+def find(patterns: list[str], quick: bool = False, device: str = "cpu") -> list[Case]:
+    """The cases for a type of device whose names match a shell pattern, all without patterns; quick: fewer of them.
 
     Raises:
         ValueError: if a pattern matches nothing.
     """
-    pool = [case for case in CASES if case.quick or not quick]
+    pool = [case for case in CASES if case.device == device and (case.quick or not quick)]
     for pattern in patterns:
         if not any(fnmatch(case.name, pattern) for case in pool):
             raise ValueError(f"case={pattern!r}: matches none of {', '.join(case.name for case in pool)}")

@@ -53,7 +53,11 @@ def first_calls(device: str) -> dict[str, dict[str, float]]:
         environment = os.environ | dict.fromkeys(CACHE_VARIABLES, cache)
         for state in ("cold", "warm"):
             done = subprocess.run(
-                [sys.executable, "-c", CHILD, device], env=environment, stdout=subprocess.PIPE, text=True, check=True
+                [sys.executable, "-P", "-c", CHILD, device],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
             )
             found[state] = dict(zip(("import", "first", "second"), json.loads(done.stdout), strict=True))
     return found

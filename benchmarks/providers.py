@@ -102,6 +102,37 @@ def _sdpa(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
     return Ready(functools.partial(F.scaled_dot_product_attention, is_causal=case.is_causal, scale=case.scale))
 
 
+def _pinned_sdpa(kernel: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if arguments[0].device.type != "cuda":
+        return "runs on CUDA devices alone"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    only = getattr(SDPBackend, kernel)
+
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(only):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=case.is_causal, scale=case.scale)
+
+    return Ready(forward)
+
+
+def _adasplash(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+    if arguments[0].device.type != "cuda":
+        return "runs on CUDA devices alone"
+    if case.alpha != 1.5 or not case.is_causal or arguments[0].dtype != torch.bfloat16 or case.gain != 1:
+        return "timed at alpha = 1.5, causal, in bfloat16 alone: it tunes itself for minutes at each other setting"
+    try:
+        import adasplash
+        import adasplash.adasplash_v2 as peer
+    except ImportError as error:
+        return f"{error} (pip install adasplash)"
+    # Its full lists take one to three minutes for each head_dim and length, and gain it up to 9 %.
+    for tuner in (tuner for tuner in vars(peer).values() if type(tuner).__name__ == "Autotuner"):
+        own = [config for config in tuner.configs if config.num_warps == 4 and config.num_stages in (2, 3)]
+        tuner.configs = (own or tuner.configs)[:2]
+    return Ready(functools.partial(adasplash.adasplash, alpha=case.alpha, is_causal=case.is_causal))
+
+
 def _flex(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
     if not case.dense_peers:
         return DENSE_REASON
@@ -159,6 +190,17 @@ def providers() -> list[Provider]:
         Provider(HISTOGRAM, "adasplash2 numba, tau from a histogram", "attention", "entmax", _histogram_variant),
         Provider("sdpa-f32", "torch softmax f32", "attention", "softmax", _sdpa, torch.float32),
         Provider("sdpa-bf16", "torch softmax bf16", "attention", "softmax", _sdpa, torch.bfloat16),
+        Provider(
+            "fa2",
+            "FlashAttention-2 (softmax)",
+            "attention",
+            "softmax",
+            functools.partial(_pinned_sdpa, "FLASH_ATTENTION"),
+        ),
+        Provider(
+            "cudnn", "cuDNN (softmax)", "attention", "softmax", functools.partial(_pinned_sdpa, "CUDNN_ATTENTION")
+        ),
+        Provider("adasplash", "adasplash 0.2.2", "attention", "rough entmax", _adasplash),
         Provider("flex", "flex_attention (softmax)", "attention", "softmax", _flex),
     ]
     for name in ("entmax15", "sparsemax", "entmax_bisect"):
@@ -169,7 +211,9 @@ def providers() -> list[Provider]:
 
 
 def baseline(case: Case) -> str:
-    """Whom a case's ratios are against: torch's softmax in the case's dtype, the package entmax's exact function."""
+    """Whom a case's ratios are against: torch's softmax (FlashAttention-2 on a GPU), the package entmax's function."""
     if case.op == "entmax":
         return {1.5: "entmax15", 2.0: "sparsemax"}.get(case.alpha, "entmax_bisect")
+    if case.device == "cuda":
+        return "fa2"
     return "sdpa-bf16" if case.dtype == torch.bfloat16 else "sdpa-f32"

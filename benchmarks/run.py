@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(fnmatch(name, pattern) for name in names):
             parser.error(f"provider={pattern!r}: matches none of {', '.join(names)}")
     try:
-        cases = find(options.case, options.quick)
+        cases = find(options.case, options.quick, options.device.type)
     except ValueError as error:
         parser.error(str(error))
     if options.list:

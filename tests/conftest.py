@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, currently_in_test_context, reject, settings
 
 from adasplash2 import registry
-from adasplash2.contract import Backend
+from adasplash2.contract import AttentionRequest, Backend, EntmaxRequest, UnsupportedError
 
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", _common, max_examples=10)
@@ -30,6 +30,15 @@ class Target(NamedTuple):
     name: str
     backend: Backend
     device: torch.device
+
+    def serving(self, request: AttentionRequest | EntmaxRequest) -> Backend:
+        """The backend for a call; where it has a reason against it, the test is skipped, or the example passed over."""
+        try:
+            return registry.resolve(request, self.name)
+        except UnsupportedError as reasons:
+            if currently_in_test_context():
+                reject()
+            pytest.skip(str(reasons))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +70,14 @@ def target(request: pytest.FixtureRequest) -> Target:
         if request.param in request.config.getoption("--require-backend"):
             pytest.fail(f"backend {request.param} is required, but: {candidate.backend}")
         pytest.skip(candidate.backend)
-    device = candidate.devices[0] if candidate.devices else "cpu"
-    return Target(request.param, candidate.backend, torch.device(device))
+    return Target(request.param, candidate.backend, device_of(candidate))
+
+
+def device_of(candidate: registry.Candidate) -> torch.device:
+    """Where a backend is tried: with TRITON_INTERPRET=1, Triton's interpreter runs on the CPU."""
+    if not candidate.devices or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device(candidate.devices[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import device_of
 from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import DTYPES, Case, EntmaxCase, cases, entmax_cases
@@ -37,7 +38,7 @@ ALPHAS = (1.5, 2.0, 1.1, 1.75)
 @example(case=Case(batch=3, seqlen_q=40, seqlen_k=70, is_causal=True, seqlens_q=(40, 0, 33), seqlens_k=(0, 70, 20)))
 def test_attention(target, case):
     request, dout = case.build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -46,14 +47,14 @@ def test_attention(target, case):
 def test_every_kind_of_input(target, dtype, kind, alpha):
     case = Case(257, 300, head_dim=64, head_dim_v=64, dtype=dtype, kind=kind, alpha=alpha, is_causal=True)
     request, dout = case.build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 def test_alpha_per_head(target, kind):
     alphas = (1.01, 1.05, 1.3, 1.5, 1.6, 2.0)
     request, dout = Case(120, 150, head_dim=64, group=6, kind=kind, alpha=alphas, is_causal=True).build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, 4100])
@@ -61,7 +62,7 @@ def test_alpha_per_head(target, kind):
 def test_many_keys(target, kind, seqlen_k):
     case = Case(70, seqlen_k, head_dim=64, head_dim_v=40, kind=kind, is_causal=True, group=2)
     request, dout = case.build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +72,7 @@ def test_backends_agree(names, dtype):
     for candidate in found:
         if isinstance(candidate.backend, str):
             pytest.skip(candidate.backend)
-    device = next((device for candidate in found for device in candidate.devices if device != "cpu"), "cpu")
+    device = max((device_of(candidate) for candidate in found), key=lambda device: device.type != "cpu")
     case = Case(
         150,
         190,
@@ -84,7 +85,7 @@ def test_backends_agree(names, dtype):
         is_causal=True,
         alpha=(1.5, 1.3),
     )
-    request, dout = case.build(torch.device(device))
+    request, dout = case.build(device)
     try:
         first, second = (run_attention(registry.resolve(request, name), request, dout) for name in names)
     except adasplash2.UnsupportedError as reasons:
@@ -102,7 +103,7 @@ def test_backends_agree(names, dtype):
 )
 def test_support(target, case, blocks):
     request, _ = case.build(target.device)
-    stats = registry.resolve(request, target.name).support(request, *blocks)
+    stats = target.serving(request).support(request, *blocks)
     assert (stats.block_m, stats.block_n) == blocks
     assert_support(stats, request, target.name)
 
@@ -112,7 +113,7 @@ def test_support(target, case, blocks):
 @example(case=EntmaxCase(rows=3, n=1))
 def test_entmax(target, case):
     request, _ = case.build(target.device)
-    p = registry.resolve(request, target.name).entmax(request)
+    p = target.serving(request).entmax(request)
     assert p.is_contiguous()
     assert_close(p, entmax_truth(request), "p", target.name)
 
@@ -122,7 +123,7 @@ def test_entmax(target, case):
 @example(case=EntmaxCase(rows=3, n=1, alpha=None))
 def test_entmax_backward(target, case):
     request, dp = case.build(target.device)
-    backend = registry.resolve(request, target.name)
+    backend = target.serving(request)
     p = backend.entmax(request)
     dx, dalpha = backend.entmax_backward(p, dp, request.alpha, request.alpha_rows)
     truth = entmax_backward_truth(p, dp, request.alpha, request.alpha_rows)
@@ -136,6 +137,7 @@ def test_entmax_backward(target, case):
 def test_through_the_front(target, dtype):
     case = Case(60, 90, batch=2, group=2, head_dim=40, head_dim_v=24, dtype=dtype, alpha=(1.5, 1.25), is_causal=True)
     request, dout = case.build(target.device)
+    target.serving(request)
     assert request.alpha_heads is not None
     leaves = [t.clone().requires_grad_() for t in (request.q, request.k, request.v, request.alpha_heads)]
     q, k, v, alpha = leaves
@@ -152,6 +154,7 @@ def test_through_the_front(target, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_entmax_through_the_front(target, dtype):
     x = torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0)).to(target.device, dtype).requires_grad_()
+    target.serving(EntmaxRequest(x.detach().reshape(1, -1)))
     p = adasplash2.entmax(x, 1.5, dim=1, backend=target.name)
     dp = torch.randn_like(p)
     p.backward(dp)

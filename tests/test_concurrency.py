@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Target, device_of
 from strategies import Case
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,6 +42,8 @@ def served(target):
     """A backend that serves by default; the reference is torch and no more, whose own threads do not survive a fork."""
     if not registry.find(target.name).devices:
         pytest.skip(f"{target.name} serves by name only")
+    if target.device.type not in registry.find(target.name).devices:
+        pytest.skip(f"{target.name} is interpreted on {target.device.type}, in one thread at a time")
     return target
 
 
@@ -52,8 +55,13 @@ def on_cpu(served):
 
 
 def compute(name: str, case: Case) -> dict[str, torch.Tensor]:
-    request, dout = case.build(torch.device(registry.find(name).devices[0]))
+    request, dout = case.build(device_of(registry.find(name)))
     return run_attention(registry.resolve(request, name), request, dout)
+
+
+def cases_of(served: Target) -> list[Case]:
+    """The cases that the backend has no reason against."""
+    return [case for case in CASES if not served.backend.unsupported_reasons(case.build(served.device)[0])]
 
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -65,13 +73,14 @@ def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 @pytest.mark.usefixtures("two_threads")
 def test_threads(served):
     """Workspaces shared by thread number would mix the calls; some thread layers abort the process."""
-    expected = [compute(served.name, case) for case in CASES]
+    cases = cases_of(served)
+    expected = [compute(served.name, case) for case in cases]
     together = threading.Barrier(4)
 
     def work(first: int) -> list[bool]:
         together.wait(TIMEOUT)
-        order = [(first + i) % len(CASES) for i in range(3 * len(CASES))]
-        return [same_bits(compute(served.name, CASES[i]), expected[i]) for i in order]
+        order = [(first + i) % len(cases) for i in range(3 * len(cases))]
+        return [same_bits(compute(served.name, cases[i]), expected[i]) for i in order]
 
     with ThreadPoolExecutor(4) as pool:
         assert all(all(results) for results in pool.map(work, range(4)))
@@ -99,7 +108,7 @@ def test_number_of_threads(served, case):
     """Right at every number of threads that torch may be set to, also between two calls."""
     before = torch.get_num_threads()
     request, dout = case.build(served.device)
-    backend = registry.resolve(request, served.name)
+    backend = served.serving(request)
     truth = attention_truth(request, dout)
     try:
         for threads in (1, 2, 5, 1):

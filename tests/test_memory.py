@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from strategies import DTYPES, LAYOUTS, Case, cases, with_layout
 
-from adasplash2 import registry
 from adasplash2.contract import EntmaxRequest
 from adasplash2.testing import assert_attention, assert_close, entmax_truth, run_attention
 
@@ -26,7 +25,7 @@ def test_layouts(target, dtype, layout):
     if layout == "expanded":
         case = replace(case, seqlens_q=None, seqlens_k=None)
     request, dout = case.build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("layouts", [("expanded", "contiguous"), ("contiguous", "expanded"), ("columns", "sliced")])
@@ -38,13 +37,13 @@ def test_each_tensor_has_its_own_layout(target, layouts):
         k=with_layout(request.k, layouts[1]),
         v=with_layout(request.v, layouts[0]),
     )
-    assert_attention(registry.resolve(request, target.name), request, with_layout(dout, layouts[1]))
+    assert_attention(target.serving(request), request, with_layout(dout, layouts[1]))
 
 
 def test_one_number_for_all_of_dout(target):
     """out.sum().backward() gives a dout without strides."""
     request, dout = Case(40, 60, head_dim=24).build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout.new_ones(()).expand_as(dout))
+    assert_attention(target.serving(request), request, dout.new_ones(()).expand_as(dout))
 
 
 @given(case=cases())
@@ -53,7 +52,7 @@ def test_inputs_are_not_written_to(target, case):
     inputs = [request.q, request.k, request.v, dout]
     inputs += [t for t in (request.alpha_heads, request.seqlens_q, request.seqlens_k) if t is not None]
     before = [t.clone() for t in inputs]
-    results = run_attention(registry.resolve(request, target.name), request, dout)
+    results = run_attention(target.serving(request), request, dout)
     for tensor, copy in zip(inputs, before, strict=True):
         assert torch.equal(tensor.nan_to_num(-1.0), copy.nan_to_num(-1.0))
     memory = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor.numel()}
@@ -68,7 +67,7 @@ def test_inputs_are_not_written_to(target, case):
 def test_saved_tensors_are_not_written_to(target, case):
     """backward(retain_graph=True) runs it twice."""
     request, dout = case.build(target.device)
-    backend = registry.resolve(request, target.name)
+    backend = target.serving(request)
     request = replace(request, save_for_backward=True)
     result = backend.forward(request)
     first, second = (list(backend.backward(request, result.tau, result.saved, dout)) for _ in range(2))
@@ -79,7 +78,7 @@ def test_saved_tensors_are_not_written_to(target, case):
 @given(case=cases())
 def test_two_runs_give_the_same_bits(target, case):
     request, dout = case.build(target.device)
-    backend = registry.resolve(request, target.name)
+    backend = target.serving(request)
     first, second = (run_attention(backend, request, dout) for _ in range(2))
     for quantity, result in first.items():
         assert same_bits(result, second[quantity]), quantity
@@ -91,7 +90,7 @@ def same_bits(a, b) -> bool:
 
 def test_gradients_are_not_needed_to_go_forward(target):
     request, dout = Case(100, 130, head_dim=64, is_causal=True).build(target.device)
-    backend = registry.resolve(request, target.name)
+    backend = target.serving(request)
     with_saved, without = run_attention(backend, request, dout), run_attention(backend, request)
     assert not backend.saved_like(request)
     assert same_bits(with_saved["out"], without["out"])
@@ -103,7 +102,7 @@ def test_entmax_layouts(target, layout):
     x = torch.randn(1, 1, 37, 53, generator=torch.Generator().manual_seed(0)).to(target.device)
     request = EntmaxRequest(with_layout(x, layout)[0, 0])
     before = request.x.clone()
-    backend = registry.resolve(request, target.name)
+    backend = target.serving(request)
     p = backend.entmax(request)
     assert_close(p, entmax_truth(request), "p", target.name)
     assert same_bits(request.x.contiguous(), before.contiguous())

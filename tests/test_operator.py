@@ -41,6 +41,7 @@ def attention_arguments(target, requires_grad, dtype=torch.float32, **options):
         if tensor is not None:
             tensor.requires_grad_(requires_grad)
     request = AttentionRequest(q, k, v, 0.5, save_for_backward=requires_grad, **options)
+    target.serving(request)
     return *(getattr(request, field.name) for field in fields(request)), target.name
 
 

@@ -11,7 +11,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import Case, cases, entmax_cases
 
-from adasplash2 import registry
 from adasplash2.contract import AttentionRequest, EntmaxRequest
 from adasplash2.testing import assert_close, assert_pair_close, attention_truth, entmax_truth, run_attention
 
@@ -20,7 +19,7 @@ plain = cases(seqlens_q=None, seqlens_k=None, is_causal=False, shift=0.0)
 
 
 def results(target, request: AttentionRequest, dout=None):
-    return run_attention(registry.resolve(request, target.name), request, dout)
+    return run_attention(target.serving(request), request, dout)
 
 
 @given(case=cases())
@@ -158,7 +157,7 @@ def test_alpha_2_is_sparsemax(target, dtype):
 def test_entmax_gives_distributions(target, case):
     assume(case.n)
     request, _ = case.build(target.device)
-    p = registry.resolve(request, target.name).entmax(request)
+    p = target.serving(request).entmax(request)
     bounds = entmax_truth(request).bounds["p"]
     number = ~p.isnan()
     assert (p[number] >= 0).all()
@@ -169,7 +168,7 @@ def test_entmax_gives_distributions(target, case):
 @given(case=entmax_cases())
 def test_entmax_keeps_the_order_of_scores(target, case):
     request, _ = case.build(target.device)
-    p = registry.resolve(request, target.name).entmax(request)
+    p = target.serving(request).entmax(request)
     bounds = entmax_truth(request).bounds["p"]
     order = request.x.sort(dim=-1, stable=True).indices
     p, bounds = (t.double().gather(-1, order) for t in (p, bounds))
@@ -182,6 +181,6 @@ def test_entmax_is_sparser_for_larger_alpha(target):
     sizes = []
     for alpha in (1.05, 1.25, 1.5, 1.75, 2.0):
         request = EntmaxRequest(x, alpha)
-        sizes.append(int((registry.resolve(request, target.name).entmax(request) > 0).sum()))
+        sizes.append(int((target.serving(request).entmax(request) > 0).sum()))
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] > 2 * sizes[-1]

@@ -26,7 +26,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 def check(target, case: Case) -> None:
     request, dout = case.build(target.device)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -43,8 +43,8 @@ def test_all_scores_far_from_zero(target, dtype, offset, is_causal):
     near = replace(request, q=q, k=k, scale=0.25)
     far = replace(near, k=k.index_fill(3, torch.tensor(0, device=k.device), offset / 16))
     truth, far_truth = attention_truth(near, dout), attention_truth(far, dout)
-    first, second = run_attention(registry.resolve(near, target.name), near, dout), None
-    second = run_attention(registry.resolve(far, target.name), far, dout)
+    first, second = run_attention(target.serving(near), near, dout), None
+    second = run_attention(target.serving(far), far, dout)
     for quantity in ("out", "dk", "dv"):
         assert_pair_close(first[quantity], second[quantity], truth, quantity, target.name, far_truth)
     for quantity, result in second.items():
@@ -58,7 +58,7 @@ def test_one_key_far_above_all_others(target):
         k = request.k.clone()
         k[:, :, where] = 50 * request.q.mean(2)
         request = replace(request, k=k, q=request.q + 3 * request.q.mean(2, keepdim=True))
-        assert_attention(registry.resolve(request, target.name), request, dout)
+        assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("length", [1, 3, 37, 63, 65, 127, 129, 251, 509])
@@ -78,7 +78,7 @@ def test_heads_from_one_projection(target):
     q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
     request = AttentionRequest(q, k, v, 40**-0.5, is_causal=True)
     dout = torch.randn(2, 60, 4, 40, generator=torch.Generator().manual_seed(1)).to(target.device).transpose(1, 2)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -89,7 +89,7 @@ def test_gradients_at_default_settings(target, kind, dtype):
     request, dout = case.build(target.device)
     truth = attention_truth(request, dout)
     assert truth.rms_limits.keys() == {"out", "dq", "dk", "dv"}
-    results = run_attention(registry.resolve(request, target.name), request, dout)
+    results = run_attention(target.serving(request), request, dout)
     for quantity, result in results.items():
         assert_close(result, truth, quantity, target.name)
         if quantity in truth.rms_limits:
@@ -101,7 +101,7 @@ def test_gradients_at_default_settings(target, kind, dtype):
 def test_unusual_scales(target, scale):
     request, dout = Case(40, 60, head_dim=32).build(target.device)
     request = replace(request, scale=scale)
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 @pytest.mark.parametrize("size", [1e-15, 1e-8, 1e15])
@@ -109,7 +109,7 @@ def test_magnitudes_of_float32(target, size):
     """The scale brings scores back to order 1; norms in powers of four would leave float32."""
     request, _ = Case(40, 60, head_dim=32).build(target.device)
     request = replace(request, q=request.q * size, k=request.k * size, scale=request.scale / size / size)
-    results = run_attention(registry.resolve(request, target.name), request)
+    results = run_attention(target.serving(request), request)
     truth = attention_truth(request)
     for quantity, result in results.items():
         assert_close(result, truth, quantity, target.name)
@@ -117,8 +117,8 @@ def test_magnitudes_of_float32(target, size):
 
 def test_values_of_zero_and_gradients_of_zero(target):
     request, dout = Case(40, 60, head_dim=32).build(target.device)
-    assert_attention(registry.resolve(request, target.name), replace(request, v=torch.zeros_like(request.v)), dout)
-    assert_attention(registry.resolve(request, target.name), request, torch.zeros_like(dout))
+    assert_attention(target.serving(request), replace(request, v=torch.zeros_like(request.v)), dout)
+    assert_attention(target.serving(request), request, torch.zeros_like(dout))
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def poisoned(value: float, where: str):
 def test_a_bad_query_or_key_gives_nan_where_it_is_seen(target, where, value):
     request, dout, reached = poisoned(value, where)
     request, dout, reached = on_device(request, dout, reached, target.device)
-    results = run_attention(registry.resolve(request, target.name), request, dout)
+    results = run_attention(target.serving(request), request, dout)
     assert results["out"][reached].isnan().all()
     assert results["tau"][reached].isnan().all()
     truth = attention_truth(request, dout)
@@ -190,7 +190,7 @@ def test_a_bad_value_shows_where_it_has_weight(target, value):
     weight[0, 1, 20] = 1
     has_weight = run_attention(registry.resolve(request, "reference"), replace(request, v=weight))["out"][..., 0] > 0
     assert has_weight.any()
-    results = run_attention(registry.resolve(request, target.name), request, dout)
+    results = run_attention(target.serving(request), request, dout)
     assert not results["out"][has_weight][:, 3].isfinite().any()
     clean = attention_truth(replace(request, v=request.v.nan_to_num(0, 0, 0)))
     assert_close(results["tau"], clean, "tau", target.name)
@@ -215,13 +215,13 @@ def test_bad_numbers_that_no_row_sees_do_nothing(target, value):
     truth = attention_truth(request, dout)
     assert all(value.nan_to_num(posinf=0).isfinite().all() for value in truth.values.values())
     assert truth.values["tau"][0, 0].isinf().tolist() == [True] * 5 + [False] * 20 + [True] * 5
-    assert_attention(registry.resolve(request, target.name), request, dout)
+    assert_attention(target.serving(request), request, dout)
 
 
 def test_everything_is_nan(target):
     request, dout = Case(40, 60, head_dim=24, heads_kv=2).build(target.device)
     nan = replace(request, q=request.q * torch.nan, k=request.k * torch.nan, v=request.v * torch.nan)
-    results = run_attention(registry.resolve(nan, target.name), nan, dout)
+    results = run_attention(target.serving(nan), nan, dout)
     assert results["out"].isnan().all()
     assert results["tau"].isnan().all()
 
@@ -241,7 +241,7 @@ def test_entmax_of_scores_that_are_not_finite(target, alpha):
         ]
     ).to(target.device)
     request = EntmaxRequest(x, alpha)
-    p = registry.resolve(request, target.name).entmax(request)
+    p = target.serving(request).entmax(request)
     assert p.isnan().any(-1).tolist() == [False, True, True, False, False, True, True]
     assert p.isnan().all(-1).equal(p.isnan().any(-1))
     assert p[3, 0] == 0
@@ -252,7 +252,7 @@ def test_entmax_of_scores_that_are_not_finite(target, alpha):
 def test_entmax_gradients_of_nan_are_nan(target):
     p = torch.tensor([[0.5, 0.5], [torch.nan, torch.nan]]).to(target.device)
     dp = torch.tensor([[1.0, 2.0], [1.0, 2.0]]).to(target.device)
-    backend = registry.resolve(EntmaxRequest(p), target.name)
+    backend = target.serving(EntmaxRequest(p))
     for alpha_rows in (None, torch.tensor([1.5, 1.5]).to(target.device)):
         dx, dalpha = backend.entmax_backward(p, dp, 1.5, alpha_rows)
         assert dx.isnan().tolist() == [[False, False], [True, True]]
@@ -263,7 +263,7 @@ def test_entmax_of_scores_below_every_stand_in(target):
     x = torch.randn(20, 50, generator=torch.Generator().manual_seed(0)).to(target.device)
     for offset in (-2048.0, -(2.0**20), 2.0**20):
         request = EntmaxRequest(x + offset)
-        assert_close(registry.resolve(request, target.name).entmax(request), entmax_truth(request), "p", target.name)
+        assert_close(target.serving(request).entmax(request), entmax_truth(request), "p", target.name)
 
 
 def test_alpha_just_above_1(target):
@@ -271,5 +271,5 @@ def test_alpha_just_above_1(target):
     request, dout = Case(40, 60, head_dim=24).build(target.device)
     for alpha in (1.001, 1 + 1e-6):
         near = replace(request, alpha=alpha)
-        results = run_attention(registry.resolve(near, target.name), near, dout)
+        results = run_attention(target.serving(near), near, dout)
         assert all(result.isfinite().all() for result in results.values())

@@ -1,0 +1,496 @@
+"""The host side: buffers, arguments and the order of the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+import triton
+from torch import Tensor
+
+from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
+
+from .._math import visible_counts
+from . import kernels
+from .config import Config, Launch, configure, padded
+
+__all__ = ["BACKEND", "TritonBackend"]
+
+KEYS_PER_CHECK = 128
+SHORT = 16  # queries, at most, that get tiles of their own size
+
+# What is left of tau's error when the output pass begins, and the passes that finding it may take. The output pass then
+# squares the error (kernels.py). The last bound is never met on scores of float32: it only ends a loop over noise.
+TARGET = {torch.float16: 2e-4, torch.bfloat16: 2e-4, torch.float32: 2e-7}
+MAX_STEPS = 16
+MAX_ROW_STEPS = 64
+
+_DTYPES = tuple(TARGET)
+
+
+def _is_interpreted() -> bool:
+    return not isinstance(kernels.entmax_attn_fwd_scan, triton.runtime.JITFunction)
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The tensor with dense rows: a copy only where it has none."""
+    t = t.detach()
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _vector(t: Tensor) -> int:
+    """How many elements, at most 16 bytes, every row is aligned to."""
+    vector = 16 // t.element_size()
+    steps = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
+    while vector > 1 and (t.data_ptr() % (vector * t.element_size()) or any(step % vector for step in steps)):
+        vector //= 2
+    return vector
+
+
+def _strides(name: str, t: Tensor, vector: int) -> dict[str, int]:
+    """Strides of batch, heads and rows in units of the vector; those of a dimension of size 1 are never used."""
+    return {
+        f"stride_{name}{axis}": stride // vector if size > 1 else 0
+        for axis, size, stride in zip("bhm" if name in "qo" else "bhn", t.shape[:3], t.stride()[:3], strict=True)
+    }
+
+
+def _configure(request: AttentionRequest) -> Config:
+    # While a graph is traced, sizes are symbols; what is compiled here hangs on the heads' sizes, so these are fixed.
+    return configure(
+        request.q.dtype,
+        int(request.head_dim),
+        int(request.head_dim_v),
+        bool(request.seqlen_q <= SHORT),
+        _shared_memory(request.q.device),
+    )
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; an H100's where the kernels are interpreted."""
+    if device.type != "cuda":
+        return 232_448
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+class _Call:
+    """What the kernels of one call share."""
+
+    def __init__(self, request: AttentionRequest, histogram: bool) -> None:
+        self.request = request
+        self.histogram = histogram
+        self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
+        self.config = _configure(request)
+        self.n_tiles = -(-request.seqlen_q // self.config.block_m)
+        self.n_blocks = -(-request.seqlen_k // self.config.block_n)
+        self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
+        alphas = request.alpha_heads
+        self.alpha_heads = None if alphas is None else alphas.detach().float().contiguous()
+        self.seqlens = [None if t is None else t.detach().contiguous() for t in (request.seqlens_q, request.seqlens_k)]
+
+    def arguments(self) -> dict[str, Any]:
+        """Of every kernel over tiles of queries."""
+        request = self.request
+        vector_q, vector_k = _vector(self.q), _vector(self.k)
+        sign = (request.scale > 0) - (request.scale < 0)
+        return {
+            "ALPHA_HEADS": self.alpha_heads,
+            "SEQLENS_Q": self.seqlens[0],
+            "SEQLENS_K": self.seqlens[1],
+            **_strides("q", self.q, vector_q),
+            **_strides("k", self.k, vector_k),
+            "alpha": request.alpha,
+            "scale": abs(request.scale) or 1.0,
+            "group": request.heads_q // request.heads_kv,
+            "seqlen_q": request.seqlen_q,
+            "seqlen_k": request.seqlen_k,
+            "n_tiles": self.n_tiles,
+            "n_blocks": self.n_blocks,
+            "PER_HEAD": self.alpha_heads is not None,
+            "IS_CAUSAL": request.is_causal,
+            "HAS_SEQLENS_Q": self.seqlens[0] is not None,
+            "HAS_SEQLENS_K": self.seqlens[1] is not None,
+            "SIGN": sign,
+            "HEAD_DIM": request.head_dim,
+            "BLOCK_D": padded(request.head_dim),
+            "VEC_Q": vector_q,
+            "VEC_K": vector_k,
+            "BLOCK_M": self.config.block_m,
+            "BLOCK_N": self.config.block_n,
+            "PRECISION": _precision(self.q),
+        }
+
+    def arguments_of_v(self) -> dict[str, Any]:
+        vector = _vector(self.v)
+        return {
+            **_strides("v", self.v, vector),
+            "HEAD_DIM_V": self.request.head_dim_v,
+            "BLOCK_DV": padded(self.request.head_dim_v),
+            "VEC_V": vector,
+        }
+
+    def list_like(self, entries: int, per_row: int) -> Tensor:
+        """Room for lists of ``per_row`` indices each."""
+        dtype = torch.int16 if per_row < 2**15 else torch.int32
+        return torch.empty((entries, per_row), dtype=dtype, device=self.q.device)
+
+    @property
+    def alpha_class(self) -> int:
+        """The powers that the kernels are compiled for."""
+        if self.alpha_heads is not None:
+            return kernels.ALPHA_ANY.value
+        return {1.5: kernels.ALPHA_1_5.value, 2.0: kernels.ALPHA_2.value}.get(
+            self.request.alpha, kernels.ALPHA_ANY.value
+        )
+
+
+def _precision(t: Tensor) -> str:
+    """How products of float32 are taken: as torch takes its own, and exactly unless it is told otherwise."""
+    if t.dtype != torch.float32 or torch.version.hip or torch.version.xpu:
+        return "ieee"
+    return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
+
+
+@functools.cache
+def _places(kernel: Any) -> tuple[list[str], list[int], list[int]]:
+    """Names of the arguments of a kernel, places of its compile-time ones, and of the others."""
+    constants = [i for i, parameter in enumerate(kernel.params) if parameter.is_constexpr]
+    return kernel.arg_names, constants, sorted(set(range(len(kernel.params))) - set(constants))
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def _launch(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> None:
+    """Run a kernel; Triton binds and specialises the arguments of each variant once, which takes it 50 us."""
+    if _is_interpreted():
+        kernel[(programs,)](**arguments)
+        return
+    names, constants, others = _places(kernel)
+    values = [arguments[name] for name in names]
+    kinds = [_kind(values[i]) for i in others]
+    key = (kernel, launch, torch.cuda.current_device(), *(values[i] for i in constants), *kinds)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        _compiled[key] = kernel[(programs,)](**arguments, **launch.options)
+    else:
+        compiled[(programs, 1, 1)](*values)
+
+
+def _kind(value: Any) -> Any:
+    """What Triton compiles for: dtype and alignment of a tensor, width of an integer."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, int):
+        return -(2**31) <= value < 2**31
+    return value is None
+
+
+def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+class TritonBackend:
+    """alpha-entmax attention on a GPU: one dense pass over the scores, then only the blocks that hold support.
+
+    Extra memory beyond the results: a byte and a list entry per tile of queries and block of keys, and out1 (of out's
+    shape, float32) for backward. No call waits for the device, so forward and backward can be captured in a CUDA graph.
+
+    Args:
+        init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of keys)
+            or "histogram" (of the same maxima, in 16 bins). The results agree to rounding; the time differs.
+    """
+
+    name = "triton"
+    features = frozenset({"alpha per head", "causal mask", "padded seqlens"})
+
+    def __init__(self, init: Literal["maxima", "histogram"] = "maxima") -> None:
+        self._histogram = init == "histogram"
+
+    def unavailable_reason(self) -> str | None:
+        if _is_interpreted() or torch.cuda.is_available():
+            return None
+        return "no CUDA device is visible to torch"
+
+    def unsupported_reasons(self, request: AttentionRequest) -> tuple[str, ...]:
+        reasons = _tensor_reasons(request.q)
+        for name, size in (("head_dim", request.head_dim), ("head_dim_v", request.head_dim_v)):
+            if size > 256:
+                reasons += (f"got {name}={size}; needs at most 256",)
+        return reasons
+
+    def entmax_unsupported_reasons(self, request: EntmaxRequest) -> tuple[str, ...]:
+        return _tensor_reasons(request.x)
+
+    def saved_like(self, request: AttentionRequest) -> list[Tensor]:
+        if not request.save_for_backward:
+            return []
+        config = _configure(request)
+        n_tiles, n_blocks = -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
+        heads = (request.batch, request.heads_q)
+        return [
+            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
+            request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
+            request.q.new_empty((*heads, n_tiles, n_blocks), dtype=torch.int8),
+        ]
+
+    def forward(self, request: AttentionRequest) -> AttentionResult:
+        call = _Call(request, self._histogram)
+        with _on_device(call.q):
+            return self._forward(call)
+
+    def _forward(self, call: _Call) -> AttentionResult:
+        request, config = call.request, call.config
+        rows = (request.batch, request.heads_q, request.seqlen_q)
+        device = call.q.device
+        out = torch.empty((*rows, request.head_dim_v), dtype=call.q.dtype, device=device)
+        tau = torch.empty(rows, dtype=torch.float32, device=device)
+        out1 = torch.empty_like(out, dtype=torch.float32) if request.save_for_backward else None
+        live = None
+        if out1 is not None:
+            live = torch.empty((*rows[:2], call.n_tiles, call.n_blocks), dtype=torch.int8, device=device)
+        saved = [] if out1 is None or live is None else [out1, live]
+        if call.is_empty:
+            out.zero_(), tau.fill_(torch.inf)
+            for t in saved:
+                t.zero_()
+            return AttentionResult(out, tau, saved)
+        arguments = call.arguments()
+        programs = request.batch * request.heads_q * call.n_tiles
+        n_chunks = -(-request.seqlen_k // KEYS_PER_CHECK)
+        first_bad = torch.empty(request.batch * request.heads_kv * n_chunks, dtype=torch.int32, device=device)
+        _launch(
+            kernels.entmax_attn_check_keys,
+            first_bad.numel(),
+            Launch(4, 1),
+            K=call.k,
+            FIRST_BAD=first_bad,
+            heads_kv=request.heads_kv,
+            n_chunks=n_chunks,
+            BLOCK=KEYS_PER_CHECK,
+            VEC=arguments["VEC_K"],
+            **{
+                name: arguments[name]
+                for name in (
+                    "SEQLENS_K", "stride_kb", "stride_kh", "stride_kn", "seqlen_k", "HEAD_DIM", "BLOCK_D", "HAS_SEQLENS_K"
+                )
+            },
+        )  # fmt: skip
+        lists = call.list_like(programs, call.n_blocks)
+        words = torch.empty((programs, -(-call.n_blocks // kernels.WORD.value) + 1), dtype=torch.int32, device=device)
+        counts = torch.empty((programs, 2), dtype=torch.int32, device=device)
+        shared = arguments | {
+            "Q": call.q,
+            "K": call.k,
+            "TAU": tau,
+            "WORDS": words,
+            "LIST": lists,
+            "COUNTS": counts,
+            "WORD": kernels.WORD.value,
+            "heads_q": request.heads_q,
+            "ALPHA": call.alpha_class,
+        }
+        _launch(
+            kernels.entmax_attn_fwd_scan,
+            programs,
+            config.scan,
+            FIRST_BAD=first_bad,
+            n_chunks=n_chunks,
+            HISTOGRAM=call.histogram,
+            BLOCKS=config.scan_blocks,
+            BOUND_EVERY=config.bound_every,
+            **shared,
+        )
+        _launch(
+            kernels.entmax_attn_fwd_output,
+            programs,
+            config.output,
+            V=call.v,
+            OUT=out,
+            OUT1=out1,
+            LIVE=live,
+            target=TARGET[call.q.dtype],
+            SAVE=out1 is not None,
+            MAX_STEPS=MAX_STEPS,
+            **shared,
+            **call.arguments_of_v(),
+        )
+        return AttentionResult(out, tau, saved)
+
+    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+        call = _Call(request, self._histogram)
+        with _on_device(call.q):
+            return self._backward(call, tau, saved, _readable(dout))
+
+    def _backward(self, call: _Call, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+        request, config = call.request, call.config
+        out1, live = saved
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
+        delta, dalpha = torch.empty_like(tau), None
+        if request.alpha_heads is not None:
+            dalpha = torch.empty_like(tau)
+        if call.is_empty:
+            dq.zero_(), dk.zero_(), dv.zero_()
+            if dalpha is not None:
+                dalpha.zero_()
+        else:
+            vector_o = _vector(dout)
+            shared = {
+                **call.arguments(),
+                **call.arguments_of_v(),
+                **_strides("o", dout, vector_o),
+                "Q": call.q,
+                "K": call.k,
+                "V": call.v,
+                "DOUT": dout,
+                "TAU": tau,
+                "DELTA": delta,
+                "LIVE": live,
+                "VEC_O": vector_o,
+                "ALPHA": call.alpha_class,
+            }
+            programs = request.batch * request.heads_q * call.n_tiles
+            _launch(
+                kernels.entmax_attn_bwd_dq,
+                programs,
+                config.dq,
+                OUT1=out1,
+                DQ=dq,
+                DALPHA=dalpha,
+                LIST=call.list_like(programs, call.n_blocks),
+                heads_q=request.heads_q,
+                **shared,
+            )
+            programs = request.batch * request.heads_kv * call.n_blocks
+            _launch(
+                kernels.entmax_attn_bwd_dkv,
+                programs,
+                config.dkv,
+                DK=dk,
+                DV=dv,
+                LIST=call.list_like(programs, call.n_tiles * (request.heads_q // request.heads_kv)),
+                heads_kv=request.heads_kv,
+                PARTS=config.dkv_parts,
+                **shared,
+            )
+        if request.alpha_heads is None or dalpha is None:
+            return AttentionGrads(dq, dk, dv, None)
+        dalpha_heads = dalpha.sum((0, 2), dtype=torch.float64).to(request.alpha_heads.dtype)
+        return AttentionGrads(dq, dk, dv, dalpha_heads)
+
+    def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats:
+        # Values of width 1: the support is a matter of q and k alone.
+        request = replace(request, v=request.k[..., :1], save_for_backward=True)
+        call = _Call(request, self._histogram)
+        rows = (request.batch, request.heads_q, request.seqlen_q)
+        map_shape = (*rows[:2], -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
+        with _on_device(call.q):
+            _, tau, (_, live) = self._forward(call)
+            sizes = torch.zeros(rows, dtype=torch.int32, device=tau.device)
+            block_map = torch.zeros(map_shape, dtype=torch.int8, device=tau.device)
+            if not call.is_empty:
+                programs = request.batch * request.heads_q * call.n_tiles
+                _launch(
+                    kernels.entmax_attn_support,
+                    programs,
+                    call.config.dq,
+                    Q=call.q,
+                    K=call.k,
+                    TAU=tau,
+                    SIZES=sizes,
+                    BLOCK_MAP=block_map,
+                    LIVE=live,
+                    LIST=call.list_like(programs, call.n_blocks),
+                    heads_q=request.heads_q,
+                    map_m=block_m,
+                    map_n=block_n,
+                    map_rows=map_shape[2],
+                    map_columns=map_shape[3],
+                    **call.arguments(),
+                )
+        pairs, visible_blocks = visible_counts(request, block_m, block_n)
+        return SupportStats(
+            tau,
+            sizes,
+            block_map.bool(),
+            block_m,
+            block_n,
+            element_density=int(sizes.sum()) / pairs if pairs else 0.0,
+            block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
+        )
+
+    def entmax(self, request: EntmaxRequest) -> Tensor:
+        x = request.x.detach()
+        rows, n = x.shape
+        p = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+        if p.numel():
+            with _on_device(x):
+                _launch(
+                    kernels.entmax_rows_fwd,
+                    rows,
+                    Launch(4, 1),
+                    X=x,
+                    P=p,
+                    stride_xm=x.stride(0),
+                    stride_xn=x.stride(1),
+                    n=n,
+                    MAX_STEPS=MAX_ROW_STEPS,
+                    **_row_arguments(request.alpha, request.alpha_rows, n),
+                )
+        return p
+
+    def entmax_backward(
+        self, p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        rows, n = p.shape
+        p, dp = p.detach().contiguous(), dp.detach()
+        dx = torch.empty_like(p)
+        dalpha = None if alpha_rows is None else torch.zeros(rows, dtype=torch.float32, device=p.device)
+        if dx.numel():
+            with _on_device(p):
+                _launch(
+                    kernels.entmax_rows_bwd,
+                    rows,
+                    Launch(4, 1),
+                    P=p,
+                    DP=dp,
+                    DX=dx,
+                    DALPHA=dalpha,
+                    stride_dm=dp.stride(0),
+                    stride_dn=dp.stride(1),
+                    n=n,
+                    **_row_arguments(alpha, alpha_rows, n),
+                )
+        return dx, None if dalpha is None or alpha_rows is None else dalpha.to(alpha_rows.dtype)
+
+
+def _row_arguments(alpha: float, alpha_rows: Tensor | None, n: int) -> dict[str, Any]:
+    classes = {1.5: kernels.ALPHA_1_5.value, 2.0: kernels.ALPHA_2.value}
+    return {
+        "ALPHA_ROWS": None if alpha_rows is None else alpha_rows.detach().float().contiguous(),
+        "alpha": alpha,
+        "ALPHA": kernels.ALPHA_ANY.value if alpha_rows is not None else classes.get(alpha, kernels.ALPHA_ANY.value),
+        "PER_ROW": alpha_rows is not None,
+        "BLOCK": 1024 if n <= 1024 else 4096,
+    }
+
+
+def _tensor_reasons(t: Tensor) -> tuple[str, ...]:
+    reasons: tuple[str, ...] = ()
+    if t.dtype not in _DTYPES:
+        reasons += (f"got {t.dtype}; needs float16, bfloat16 or float32",)
+    if t.dtype == torch.bfloat16 and _is_interpreted():
+        reasons += (f"got {t.dtype} in Triton's interpreter, which cannot multiply it; needs float16 or float32",)
+    expected = "cpu" if _is_interpreted() else "cuda"
+    if t.device.type != expected:
+        reasons += (f"got a tensor on {t.device}; needs one on {expected}",)
+    return reasons
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,96 @@
+"""Tile sizes, warps and pipeline stages of the kernels: a pure function of dtype, head sizes and device.
+
+Filled from what benchmarks/tune_triton.py measured on an H100 and an H200; nothing is tuned while a user waits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["Config", "Launch", "configure", "padded"]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Warps of a program, stages of its software pipeline, and registers of a thread at most."""
+
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Triton's launch takes them; FP fusion by name, since its default is about to change."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.maxnreg,
+            "enable_fp_fusion": True,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one call is cut up.
+
+    Attributes:
+        block_m: queries of a tile.
+        block_n: keys of a block, the unit that is skipped.
+        scan_blocks: blocks that the scan multiplies at once.
+        bound_every: products of the scan after which the bound of tau is raised.
+        dkv_parts: into how many parts the dkv kernel takes a tile.
+        scan, output, dq, dkv: of the kernels.
+    """
+
+    block_m: int
+    block_n: int
+    scan_blocks: int
+    bound_every: int
+    dkv_parts: int
+    scan: Launch
+    output: Launch
+    dq: Launch
+    dkv: Launch
+
+
+def padded(head_dim: int) -> int:
+    """The power of two that a head is padded to; matrix units take 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length()) if head_dim else 16
+
+
+@functools.cache
+def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, shared_memory: int) -> Config:
+    """The configuration of a call.
+
+    Args:
+        dtype: of q, k and v.
+        head_dim: of q and k.
+        head_dim_v: of v.
+        short: whether there are at most 16 queries, as in decoding.
+        shared_memory: bytes that a program may have.
+    """
+    row = max(padded(head_dim), padded(head_dim_v)) * dtype.itemsize
+    is_half = dtype.itemsize == 2
+    is_small = shared_memory < 160_000
+    if short:
+        few = Launch(4, 4 if row <= 128 else 2)
+        if row <= 512 and not (is_small and row > 256):
+            return Config(16, 64, 2, 4, 1, few, few, few, Launch(4, 2 if row <= 256 else 1))
+        return Config(16, 32, 1, 4, 1, *[Launch(4, 1)] * 4)
+    if is_small or not is_half:
+        if row <= 128:
+            return Config(64, 64, 1, 4, 1, *[Launch(4, 2)] * 4)
+        if row <= 256:
+            return Config(64, 64 if is_half or not is_small else 32, 1, 4, 1, *[Launch(4, 1 if is_small else 2)] * 4)
+        return Config(32, 32, 1, 4, 1, *[Launch(4, 1)] * 4)
+    if row <= 128:
+        return Config(128, 64, 2, 4, 1, Launch(8, 3, 128), Launch(8, 3), Launch(8, 2, 128), Launch(4, 2))
+    if row <= 256:
+        return Config(128, 64, 2, 4, 4, Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 2))
+    if shared_memory >= 200_000:
+        return Config(64, 64, 1, 4, 1, Launch(4, 2), *[Launch(8, 2)] * 3)
+    return Config(64, 64, 1, 4, 1, Launch(4, 2), *[Launch(8, 1)] * 3)

@@ -1,0 +1,255 @@
+"""The Triton backend's own parts: what it refuses, what compiles and what does not compile again, streams and graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from strategies import Case
+
+import adasplash2
+from adasplash2 import registry
+from adasplash2.contract import AttentionRequest, EntmaxRequest
+from adasplash2.testing import assert_close, attention_truth, make_inputs, run_attention
+
+triton = pytest.importorskip("triton")
+
+from adasplash2.backends.triton_gpu import TritonBackend, backend, kernels  # noqa: E402
+from adasplash2.backends.triton_gpu.config import Config, Launch, configure, padded  # noqa: E402
+
+HALF = torch.float16
+# Shared memory of a block, in bytes, by compute capability.
+SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+
+is_interpreted = backend._is_interpreted()
+compiled_only = pytest.mark.skipif(is_interpreted, reason="Triton's interpreter compiles nothing")
+
+
+def request_of(*, dtype: torch.dtype = HALF, head_dim: int = 64, **options: Any) -> AttentionRequest:
+    request, _ = Case(40, 60, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype, **options).build(torch.device("cpu"))
+    return request
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64, wide heads and other devices, each with its reason, and nothing else."""
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: True)
+    serves = TritonBackend().unsupported_reasons
+    for dtype in (torch.float16, torch.float32):
+        for head_dim in (1, 80, 256):
+            assert serves(request_of(dtype=dtype, head_dim=head_dim)) == ()
+    assert serves(request_of(dtype=torch.float64)) == ("got torch.float64; needs float16, bfloat16 or float32",)
+    assert serves(request_of(head_dim=257)) == (
+        "got head_dim=257; needs at most 256",
+        "got head_dim_v=257; needs at most 256",
+    )
+    (reason,) = TritonBackend().entmax_unsupported_reasons(EntmaxRequest(torch.zeros(2, 3, dtype=torch.float64)))
+    assert "float64" in reason
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
+    assert serves(request_of()) == ("got a tensor on cpu; needs one on cuda",)
+    assert serves(request_of(dtype=torch.bfloat16)) == ("got a tensor on cpu; needs one on cuda",)
+
+
+@pytest.mark.parametrize("dim", [1, 16, 17, 64, 80, 128, 129, 256])
+def test_padded(dim: int) -> None:
+    assert padded(dim) >= max(dim, 16)
+    assert padded(dim) & (padded(dim) - 1) == 0
+
+
+def test_vectors_follow_what_rows_are_aligned_to() -> None:
+    t = torch.zeros(2, 3, 40, 64, dtype=HALF)
+    assert backend._vector(t) == 8
+    assert backend._vector(t[..., 4:]) == 4
+    assert backend._vector(t[..., 1:]) == 1
+    assert backend._vector(torch.zeros(2, 3, 40, 20, dtype=HALF)) == 4
+    assert backend._vector(torch.zeros(1, 1, 1, 3, dtype=HALF)) == 8
+    assert backend._vector(t.float()) == 4
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Launch, dict[str, Any]]]:
+    """Every launch is recorded, and nothing runs."""
+    found: list[tuple[Any, Launch, dict[str, Any]]] = []
+
+    def record(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> None:
+        assert 0 < programs < 2**31
+        found.append((kernel, launch, arguments))
+
+    monkeypatch.setattr(backend, "_launch", record)
+    return found
+
+
+def run_everything(request: AttentionRequest) -> None:
+    whole = TritonBackend()
+    request = dataclasses.replace(request, save_for_backward=True)
+    result = whole.forward(request)
+    whole.backward(request, result.tau, result.saved, torch.zeros_like(result.out))
+    whole.support(request, 64, 64)
+    x = torch.zeros(4, 100, dtype=request.q.dtype)
+    alpha_rows = None if request.alpha_heads is None else torch.full((4,), 1.5)
+    whole.entmax_backward(whole.entmax(EntmaxRequest(x, request.alpha, alpha_rows)), x, request.alpha, alpha_rows)
+
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+
+def compile_for(capability: int, kernel: Any, launch: Launch, arguments: dict[str, Any]) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}"
+            attributes[i,] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    options = {name: value for name, value in launch.options.items() if value is not None}
+    return triton.compile(
+        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", capability, 32), options=options
+    )
+
+
+@compiled_only
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "case"),
+    [
+        (90, Case(200, 300, head_dim=64, head_dim_v=64, dtype=torch.bfloat16, is_causal=True)),
+        (90, Case(200, 300, head_dim=128, head_dim_v=80, is_causal=True)),
+        (80, Case(200, 300, head_dim=128, head_dim_v=128, dtype=torch.bfloat16, is_causal=True, alpha=2.0)),
+        (86, Case(200, 300, head_dim=64, head_dim_v=128, dtype=HALF, alpha=1.3)),
+        (120, Case(3, 300, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True, seqlens_k=(200,))),
+    ],
+    ids=lambda value: value if isinstance(value, int) else f"{value.dtype}-{value.head_dim}-{value.seqlen_q}",
+)
+def test_every_kernel_compiles(
+    capability: int,
+    case: Case,
+    launched: list[tuple[Any, Launch, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On machines without a GPU too, and the configuration fits into the shared memory of the architecture."""
+    monkeypatch.setattr(backend, "_shared_memory", lambda device: SHARED_MEMORY[capability])
+    run_everything(case.build(torch.device("cpu"))[0])
+    assert {kernel.fn.__name__ for kernel, _, _ in launched} == set(kernels.__all__) - {
+        "ALPHA_1_5",
+        "ALPHA_2",
+        "ALPHA_ANY",
+    }
+    for kernel, launch, arguments in launched:
+        shared = compile_for(capability, kernel, launch, arguments).metadata.shared
+        assert shared <= SHARED_MEMORY[capability], f"{kernel.fn.__name__}: {shared} bytes of shared memory"
+
+
+def _constants(launched: list[tuple[Any, Launch, dict[str, Any]]]) -> Iterator[tuple[Any, ...]]:
+    for kernel, launch, arguments in launched:
+        constant = (arguments[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
+        kinds = (backend._kind(value) for value in arguments.values())
+        yield kernel, launch, *constant, *kinds
+
+
+@compiled_only
+def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
+    launched: list[tuple[Any, Launch, dict[str, Any]]],
+) -> None:
+    """What is compiled depends on none of them: the compile-time arguments, dtypes and alignments are the same."""
+    variants = []
+    for shape in (
+        {"seqlen_q": 64, "seqlen_k": 64},
+        {"seqlen_q": 101, "seqlen_k": 1003, "batch": 3},
+        {"seqlen_q": 17, "seqlen_k": 1, "heads_kv": 2, "group": 3},
+    ):
+        run_everything(
+            Case(head_dim=24, head_dim_v=24, dtype=HALF, is_causal=True, **shape).build(torch.device("cpu"))[0]
+        )
+        variants.append(list(_constants(launched)))
+        launched.clear()
+    assert variants[0] == variants[1] == variants[2]
+    for kernel in (getattr(kernels, name) for name in kernels.__all__ if name.startswith("entmax")):
+        run_time = [parameter for parameter in kernel.params if not parameter.is_constexpr]
+        integers = [parameter for parameter in run_time if parameter.name in kernels.INTEGERS]
+        assert all(parameter.do_not_specialize for parameter in integers)
+        others = {parameter.name for parameter in run_time} - {parameter.name for parameter in integers}
+        assert all(name.isupper() or name.replace("_", "").isalnum() for name in others)
+        assert {name for name in others if name.islower()} <= {"alpha", "scale", "target"}
+
+
+@pytest.mark.parametrize("init", ["maxima", "histogram"])
+def test_initialisations(init: Any) -> None:
+    """Both give a lower bound, so the results agree to rounding."""
+    candidate = registry.find("triton")
+    if isinstance(candidate.backend, str):
+        pytest.skip(candidate.backend)
+    device = torch.device("cpu" if is_interpreted else "cuda")
+    for kind in ("iid", "narrow", "topics", "equal"):
+        request, dout = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF).build(device)
+        truth = attention_truth(request, dout)
+        for quantity, result in run_attention(TritonBackend(init), request, dout).items():
+            assert_close(result, truth, quantity, f"{init}, {kind}")
+
+
+@pytest.mark.gpu
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    """Nothing waits for the device, and a replay computes on what the inputs then hold."""
+    inputs = make_inputs("topics", heads_q=2, seqlen_q=300, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    q, k, v = (t.clone().requires_grad_() for t in inputs[:3])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = adasplash2.attention(q, k, v, is_causal=True, backend="triton")
+        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.mul_(0.5)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+def test_another_stream() -> None:
+    """The kernels run on the stream that torch is set to, after what was asked of it before."""
+    inputs = make_inputs("iid", heads_q=2, seqlen_q=500, head_dim=64, dtype=torch.bfloat16, device="cuda")
+    expected = adasplash2.attention(*inputs[:3], is_causal=True, backend="triton")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        q = inputs.q + 0
+        out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend="triton")
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_configurations_are_pure() -> None:
+    assert configure(HALF, 64, 64, False, 232_448) == configure(HALF, 64, 64, False, 232_448)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for head_dim in (1, 64, 80, 128, 256):
+            for short in (False, True):
+                for shared in set(SHARED_MEMORY.values()):
+                    found = configure(dtype, head_dim, head_dim, short, shared)
+                    assert isinstance(found, Config)
+                    assert found.block_m % 16 == found.block_n % 8 == 0
+                    assert found.block_m % found.dkv_parts == 0
