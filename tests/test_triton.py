@@ -1,4 +1,4 @@
-"""The Triton backend's own parts: what it refuses, what compiles and what does not compile again, streams and graphs."""
+"""The Triton backend's own parts: what it refuses, what compiles, and what does not again, streams and graphs."""
 
 from __future__ import annotations
 

@@ -31,6 +31,12 @@ MAX_ROW_STEPS = 64
 
 _DTYPES = tuple(TARGET)
 
+# The arguments of a call that the check of its keys takes.
+_OF_KEYS = (
+    *("SEQLENS_K", "stride_kb", "stride_kh", "stride_kn"),
+    *("seqlen_k", "HEAD_DIM", "BLOCK_D", "HAS_SEQLENS_K"),
+)
+
 
 def _is_interpreted() -> bool:
     return not isinstance(kernels.entmax_attn_fwd_scan, triton.runtime.JITFunction)
@@ -203,8 +209,8 @@ class TritonBackend:
     shape, float32) for backward. No call waits for the device, so forward and backward can be captured in a CUDA graph.
 
     Args:
-        init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of keys)
-            or "histogram" (of the same maxima, in 16 bins). The results agree to rounding; the time differs.
+        init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of
+            keys) or "histogram" (of the same maxima, in 16 bins). The results agree to rounding; the time differs.
     """
 
     name = "triton"
@@ -275,13 +281,8 @@ class TritonBackend:
             n_chunks=n_chunks,
             BLOCK=KEYS_PER_CHECK,
             VEC=arguments["VEC_K"],
-            **{
-                name: arguments[name]
-                for name in (
-                    "SEQLENS_K", "stride_kb", "stride_kh", "stride_kn", "seqlen_k", "HEAD_DIM", "BLOCK_D", "HAS_SEQLENS_K"
-                )
-            },
-        )  # fmt: skip
+            **{name: arguments[name] for name in _OF_KEYS},
+        )
         lists = call.list_like(programs, call.n_blocks)
         words = torch.empty((programs, -(-call.n_blocks // kernels.WORD.value) + 1), dtype=torch.int32, device=device)
         counts = torch.empty((programs, 2), dtype=torch.int32, device=device)

@@ -3,14 +3,14 @@
 Notation of adasplash2/contract.py: z = c * s with s = q . k and c = (alpha - 1) * |scale| (the sign of the scale goes
 into q), u = max(z - tau, 0), p = u ** r, w = u ** (r - 1), r = 1 / (alpha - 1).
 
-Names: ``i_`` index of a tile or block, ``o_`` offsets, ``b_`` values of a block; upper case is a compile-time constant
-or a pointer. Strides come in units of VEC elements, so that the compiler sees what they are multiples of, and no integer
+Names: ``i_`` index of a tile or block, ``o_`` offsets, ``b_`` values of a block; upper case is a compile-time
+constant or a pointer. Strides come in units of VEC elements, so that the compiler sees what they are multiples of, and no integer
 is specialised: a new length, batch or number of heads compiles nothing.
 
-A *tile* is BLOCK_M queries of one head, a *block* BLOCK_N keys. LIST has the blocks of a tile that still count, in order; LIVE
-a byte for each tile and block, 1 where it holds support. While a loop over blocks runs, what it finds is kept as a bit
-per block in registers and written to WORDS 32 at a time: a store for each block would move its mask through shared
-memory. Rows that see no key have tau = +inf, rows with a query that is not finite or a key in sight that is not have
+A *tile* is BLOCK_M queries of one head, a *block* BLOCK_N keys. LIST has the blocks of a tile that still count, in
+order; LIVE a byte for each tile and block, 1 where it holds support. While a loop over blocks runs, what it finds is
+kept as a bit per block in registers and written to WORDS 32 at a time: a store for each block would move its mask
+through shared memory. Rows that see no key have tau = +inf, rows with a query that is not finite or a key in sight that is not have
 tau = NaN.
 """
 
@@ -360,8 +360,8 @@ def _scan_block(
 ):
     """Scores of BLOCKS blocks from block j * BLOCKS on: the kept maxima, the bound of tau, and who is above it.
 
-    The bound is raised, and the bits are written, after BOUND_EVERY of these. Both stand in one branch, because the store
-    keeps the compiler from taking it each time.
+    The bound is raised, and the bits are written, after BOUND_EVERY of these. Both stand in one branch, because the
+    store keeps the compiler from taking it each time.
     """
     KEYS: tl.constexpr = BLOCK_N * BLOCKS
     if MASKED:
@@ -433,8 +433,8 @@ def entmax_attn_fwd_scan(
 ):
     """Scan and init: all scores once; a lower bound of tau per row (in TAU) and the list of blocks above it.
 
-    Of each row the three largest maxima of each of 4 * BLOCKS interleaved sets of keys are kept. tau of that subset of the
-    scores, followed by one Newton step per block, is the bound that later blocks must pass.
+    Of each row the three largest maxima of each of 4 * BLOCKS interleaved sets of keys are kept. tau of that subset of
+    the scores, followed by Newton steps on the way, is the bound that later blocks must pass.
     """
     KEYS: tl.constexpr = BLOCK_N * BLOCKS
     i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
@@ -585,7 +585,7 @@ def _refine(
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        b_s, b_k = _block_scores(
+        b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
         b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
@@ -635,7 +635,7 @@ def _output(
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        b_s, b_k = _block_scores(
+        b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
         if MASKED:
@@ -1000,7 +1000,7 @@ def _list_tiles(
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Append the tiles of all heads of a group for which block j is live, those that need a mask or those that do not."""
+    """Append the tiles of a group of heads for which block j is live: those that need a mask, or those that do not."""
     o_chunk = tl.arange(0, CHUNK)
     for first in range(0, n_entries, CHUNK):
         o_entries = first + o_chunk
@@ -1277,7 +1277,7 @@ def entmax_attn_support(
     b_sizes = tl.zeros([BLOCK_M], tl.int32)
     for i in tl.range(0, count):
         j = tl.load(LIST + i).to(tl.int32)
-        b_s, b_k = _block_scores(
+        b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, True, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
         is_support = b_s * c - b_tau[:, None] > 0
