@@ -274,7 +274,9 @@ def _attention_request(
     _check_tensor("k", k, "(batch, heads_kv, seqlen_k, head_dim)", ndim=4)
     _check_tensor("v", v, "(batch, heads_kv, seqlen_k, head_dim_v)", ndim=4)
     device = q.device
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    # torch 2.11 cannot trace the first question.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
+    if has_autocast and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         q, k, v = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v))
     _check_agreement(q, k, v)

@@ -1,8 +1,8 @@
 """Which backends the tests run on, Hypothesis profiles, and uninitialised memory that shows itself.
 
 ``--backend NAME`` (again for more) restricts the tests to these backends; ``--require-backend NAME`` turns "this
-machine cannot run it" from a skip into a failure. Hypothesis takes ``--hypothesis-profile`` dev (the default), ci or
-nightly.
+machine cannot run it" from a skip into a failure. Hypothesis takes ``--hypothesis-profile`` dev (the default), few, ci
+or nightly.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from adasplash2.contract import AttentionRequest, Backend, EntmaxRequest, Unsupp
 
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", _common, max_examples=10)
+settings.register_profile("few", _common, max_examples=4, derandomize=True)
 settings.register_profile("ci", _common, max_examples=20, derandomize=True)
 settings.register_profile("nightly", _common, max_examples=1000)
 settings.load_profile("dev")

@@ -97,6 +97,13 @@ def test_gradients_at_default_settings(target, kind, dtype):
             assert error <= ROUNDINGS[quantity] / 8 * torch.finfo(dtype).eps, f"{quantity}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_near_uniform_weights_over_many_keys(target, dtype, alpha):
+    """A step of tau is small or not by the size of u, which is n ** (1 - alpha) here: 0.011 at 8192 keys."""
+    check(target, Case(40, 8192, head_dim=64, head_dim_v=16, dtype=dtype, kind="narrow", alpha=alpha))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30, 1e4])
 def test_unusual_scales(target, scale):
     request, dout = Case(40, 60, head_dim=32).build(target.device)

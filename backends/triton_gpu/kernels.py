@@ -4,14 +4,14 @@ Notation of adasplash2/contract.py: z = c * s with s = q . k and c = (alpha - 1)
 into q), u = max(z - tau, 0), p = u ** r, w = u ** (r - 1), r = 1 / (alpha - 1).
 
 Names: ``i_`` index of a tile or block, ``o_`` offsets, ``b_`` values of a block; upper case is a compile-time
-constant or a pointer. Strides come in units of VEC elements, so that the compiler sees what they are multiples of, and no integer
-is specialised: a new length, batch or number of heads compiles nothing.
+constant or a pointer. Strides come in units of VEC elements, so that the compiler sees what they are multiples of, and
+no integer is specialised: a new length, batch or number of heads compiles nothing.
 
 A *tile* is BLOCK_M queries of one head, a *block* BLOCK_N keys. LIST has the blocks of a tile that still count, in
 order; LIVE a byte for each tile and block, 1 where it holds support. While a loop over blocks runs, what it finds is
 kept as a bit per block in registers and written to WORDS 32 at a time: a store for each block would move its mask
-through shared memory. Rows that see no key have tau = +inf, rows with a query that is not finite or a key in sight that is not have
-tau = NaN.
+through shared memory. Rows that see no key have tau = +inf, rows with a query that is not finite or a key in sight that
+is not have tau = NaN.
 """
 
 from __future__ import annotations
@@ -740,7 +740,7 @@ def entmax_attn_fwd_output(
     whole = tl.load(COUNTS + 2 * i_tile)
     count = tl.load(COUNTS + 2 * i_tile + 1)
 
-    # After a step d the next one is of order r d ** 2 for r >= 2, and of order d ** r below.
+    # In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
     tolerance = tl.exp2(tl.log2(target) * tl.maximum(0.5, exponent)) * tl.minimum(2 * exponent, 1.0)
     b_zero = tl.zeros([BLOCK_M], tl.float32)
     b_no_bits = tl.zeros([BLOCK_M], tl.int32)
@@ -763,7 +763,7 @@ def entmax_attn_fwd_output(
             whole, count = _shorten_list(LIST, WORDS, whole, count)
         b_step = _newton_step(b_f, b_g, r, ALPHA)
         b_tau += b_step
-        largest = tl.max(b_step, 0)
+        largest = tl.max(tl.where(b_f > 0, b_step * b_g / b_f, 0.0), 0)
         steps += 1
 
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
