@@ -27,8 +27,8 @@ Function = Literal["entmax", "rough entmax", "softmax"]
 # Of "rough entmax": relative error (norms) of kernels that stop short of what their dtype allows, and say so.
 ROUGH = 0.05
 
-# Norm of a softmax kernel's error, in units of that of dense evaluation in its dtype. torch's own float32 kernel sums in
-# another order and was seen at 2 times this unit; a wrong scale or mask is off by thousands.
+# Norm of a softmax kernel's error, in units of that of dense evaluation in its dtype. torch's own float32 kernel sums
+# in another order and was seen at 2 times this unit; a wrong scale or mask is off by thousands.
 SOFTMAX_YARDSTICK = 8
 
 # (query, key) pairs of each head, rows of a matrix.

@@ -29,7 +29,7 @@ from adasplash2.testing import make_inputs
 __all__ = ["main"]
 
 # Kernel: the field of Config that launches it, and the compile-time arguments that may differ from call to call.
-KERNELS = {
+KERNELS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
     "entmax_attn_fwd_scan": ("scan", {"BLOCKS": (1, 2), "BOUND_EVERY": (1, 4)}),
     "entmax_attn_fwd_output": ("output", {}),
     "entmax_attn_bwd_dq": ("dq", {}),
@@ -61,8 +61,8 @@ def record(request: AttentionRequest, dout: torch.Tensor, config: Config) -> dic
         found[kernel.fn.__name__] = programs, arguments | {"copies": copies}
         launch(kernel, programs, options, **arguments)
 
-    backend._configure = lambda request: config  # type: ignore[assignment]
-    backend._launch = launch_and_keep
+    backend._configure = lambda request: config
+    backend._launch = launch_and_keep  # type: ignore[assignment]
     try:
         result = backend.BACKEND.forward(request)
         backend.BACKEND.backward(request, result.tau, result.saved, dout)

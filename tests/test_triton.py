@@ -168,11 +168,12 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
 ) -> None:
     """What is compiled depends on none of them: the compile-time arguments, dtypes and alignments are the same."""
     variants = []
-    for shape in (
+    shapes: tuple[dict[str, Any], ...] = (
         {"seqlen_q": 64, "seqlen_k": 64},
         {"seqlen_q": 101, "seqlen_k": 1003, "batch": 3},
         {"seqlen_q": 17, "seqlen_k": 1, "heads_kv": 2, "group": 3},
-    ):
+    )
+    for shape in shapes:
         run_everything(
             Case(head_dim=24, head_dim_v=24, dtype=HALF, is_causal=True, **shape).build(torch.device("cpu"))[0]
         )

@@ -81,7 +81,8 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; an H100's where the kernels are interpreted."""
     if device.type != "cuda":
         return 232_448
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 class _Call:
@@ -148,11 +149,12 @@ class _Call:
     @property
     def alpha_class(self) -> int:
         """The powers that the kernels are compiled for."""
-        if self.alpha_heads is not None:
-            return kernels.ALPHA_ANY.value
-        return {1.5: kernels.ALPHA_1_5.value, 2.0: kernels.ALPHA_2.value}.get(
-            self.request.alpha, kernels.ALPHA_ANY.value
-        )
+        return _alpha_class(self.request.alpha, self.alpha_heads)
+
+
+def _alpha_class(alpha: float, alphas: Tensor | None) -> int:
+    own = {1.5: kernels.ALPHA_1_5, 2.0: kernels.ALPHA_2}
+    return int((kernels.ALPHA_ANY if alphas is not None else own.get(alpha, kernels.ALPHA_ANY)).value)
 
 
 def _precision(t: Tensor) -> str:
@@ -472,11 +474,10 @@ class TritonBackend:
 
 
 def _row_arguments(alpha: float, alpha_rows: Tensor | None, n: int) -> dict[str, Any]:
-    classes = {1.5: kernels.ALPHA_1_5.value, 2.0: kernels.ALPHA_2.value}
     return {
         "ALPHA_ROWS": None if alpha_rows is None else alpha_rows.detach().float().contiguous(),
         "alpha": alpha,
-        "ALPHA": kernels.ALPHA_ANY.value if alpha_rows is not None else classes.get(alpha, kernels.ALPHA_ANY.value),
+        "ALPHA": _alpha_class(alpha, alpha_rows),
         "PER_ROW": alpha_rows is not None,
         "BLOCK": 1024 if n <= 1024 else 4096,
     }
