@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adasplash2.contract import AttentionRequest
+from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["keys_seen", "visible_counts"]
+__all__ = ["keys_seen", "support_stats", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -29,3 +29,19 @@ def visible_counts(request: AttentionRequest, block_m: int, block_n: int) -> tup
     rows = torch.nn.functional.pad(seen, (0, -request.seqlen_q % block_m)).unflatten(1, (-1, block_m))
     blocks = -(-rows.amax(-1) // block_n) if seen.numel() else seen
     return int(seen.sum()) * request.heads_q, int(blocks.sum()) * request.heads_q
+
+
+def support_stats(
+    request: AttentionRequest, tau: Tensor, size: Tensor, block_map: Tensor, block_m: int, block_n: int
+) -> SupportStats:
+    """What ``Backend.support`` returns, with the densities that follow from sizes and blocks."""
+    pairs, visible_blocks = visible_counts(request, block_m, block_n)
+    return SupportStats(
+        tau,
+        size,
+        block_map.bool(),
+        block_m,
+        block_n,
+        element_density=int(size.sum()) / pairs if pairs else 0.0,
+        block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
+    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,6 +51,15 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
     assert serves(request_of()) == ("got a tensor on cpu; needs one on cuda",)
     assert serves(request_of(dtype=torch.bfloat16)) == ("got a tensor on cpu; needs one on cuda",)
+
+
+def test_old_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_capability", lambda device: (7, 5))
+    on_cuda = SimpleNamespace(dtype=HALF, device=torch.device("cuda", 0))
+    assert backend._tensor_reasons(cast(torch.Tensor, on_cuda)) == (
+        "got a device of compute capability 7.5; needs 8.0",
+    )
 
 
 @pytest.mark.parametrize("dim", [1, 16, 17, 64, 80, 128, 129, 256])

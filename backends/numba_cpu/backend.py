@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import keys_seen, visible_counts
+from .._math import keys_seen, support_stats
 from . import kernels, simd
 from .threads import run_stage
 
@@ -491,16 +491,7 @@ class NumbaBackend:
         blocks = (-(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
         block_map = torch.zeros((request.batch, request.heads_q, *blocks), dtype=torch.int8)
         result, sizes = self._forward(request, (block_map.data_ptr(), block_m, block_n))
-        pairs, visible_blocks = visible_counts(request, block_m, block_n)
-        return SupportStats(
-            result.tau,
-            sizes,
-            block_map.bool(),
-            block_m,
-            block_n,
-            element_density=int(sizes.sum()) / pairs if pairs else 0.0,
-            block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
-        )
+        return support_stats(request, result.tau, sizes, block_map, block_m, block_n)
 
     def entmax(self, request: EntmaxRequest) -> Tensor:
         x = request.x.detach()

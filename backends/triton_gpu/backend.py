@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import visible_counts
+from .._math import support_stats
 from . import kernels
 from .config import Config, Launch, configure, padded
 
@@ -417,16 +417,7 @@ class TritonBackend:
                     map_columns=map_shape[3],
                     **call.arguments(),
                 )
-        pairs, visible_blocks = visible_counts(request, block_m, block_n)
-        return SupportStats(
-            tau,
-            sizes,
-            block_map.bool(),
-            block_m,
-            block_n,
-            element_density=int(sizes.sum()) / pairs if pairs else 0.0,
-            block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
-        )
+        return support_stats(request, tau, sizes, block_map, block_m, block_n)
 
     def entmax(self, request: EntmaxRequest) -> Tensor:
         x = request.x.detach()
@@ -492,7 +483,14 @@ def _tensor_reasons(t: Tensor) -> tuple[str, ...]:
     expected = "cpu" if _is_interpreted() else "cuda"
     if t.device.type != expected:
         reasons += (f"got a tensor on {t.device}; needs one on {expected}",)
+    elif expected == "cuda" and (capability := _capability(t.device)) < (8, 0):
+        reasons += ("got a device of compute capability {}.{}; needs 8.0".format(*capability),)
     return reasons
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 BACKEND = TritonBackend()
