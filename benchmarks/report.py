@@ -241,7 +241,7 @@ def _gpu_table(results: Results) -> str:
     return _markdown_table(header, lines)
 
 
-def _gpu_sections(results: Results) -> Iterator[str]:
+def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
     yield (
         f"Measured on {_machine(results)}. Batch 1, causal and bfloat16 unless said. Times are those of a call through "
         "the public API with a cold L2 cache, host time included, in units of FlashAttention-2's in the same run: less "
@@ -250,11 +250,12 @@ def _gpu_sections(results: Results) -> Iterator[str]:
         "timed."
     )
     yield _gpu_table(results)
+    yield from (f"![{name}]({image})" for name, image in images.items())
 
 
 def _sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
     if results.stamp["device"] != "cpu":
-        yield from _gpu_sections(results)
+        yield from _gpu_sections(results, images)
         return
     plain = results.attention()
     others = [case for case in results.cases if case["op"] == "attention" and case not in plain]
@@ -392,6 +393,40 @@ def _sparsity_plot(results: Results, seqlen: int = 2048) -> Figure:
     return figure
 
 
+def _blocks_plot(results: Results) -> Figure:
+    """Time on a GPU in units of FlashAttention-2's over the share of blocks that hold a weight, topics alone."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    cases = [case for case in results.cases if case["kind"] == "topics" and case["alpha"] == 1.5 and case["is_causal"]]
+    shapes = sorted({(case["head_dim"], case["seqlen"]) for case in cases})
+    if len(shapes) < 2:  # the table says it all
+        return figure
+    for axes, (mode, label) in zip(figure.subplots(1, 2), MODES.items(), strict=True):
+        _style(axes, label)
+        for colour, (head_dim, seqlen) in zip(COLOURS.values(), shapes, strict=False):
+            points = sorted(
+                (100 * case["support"]["blocks"], 1 / row["speedup"][0])
+                for case in cases
+                if (case["head_dim"], case["seqlen"]) == (head_dim, seqlen)
+                and (row := results.ours(case, mode))
+                and "speedup" in row
+            )
+            if points:
+                name = f"head_dim {head_dim}, {seqlen} keys"
+                axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, linewidth=1.8, label=name)
+        rows = (results.rows.get((case["name"], "cudnn", mode)) for case in cases)
+        if cudnn := [1 / row["speedup"][0] for row in rows if row]:
+            axes.axhline(
+                statistics.median(cudnn), color="#999999", linewidth=1.2, linestyle=DASHED, label="cuDNN softmax"
+            )
+        axes.axhline(1, color=INK, linewidth=1.2, linestyle=DASHED, label="FlashAttention-2")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g}%"))
+        axes.set_ylim(0, None)
+        axes.set_xlabel("blocks that hold a weight", color=INK)
+    _legend(figure)
+    figure.suptitle("Time in units of FlashAttention-2's (topics, causal, bfloat16)", **TITLE)
+    return figure
+
+
 def plots(results: Results) -> dict[str, Path]:
     """Draw the plots beside the results file; only those that the results have data for.
 
@@ -400,6 +435,8 @@ def plots(results: Results) -> dict[str, Path]:
     """
     made = {}
     shown = {"Speed over length": _speed_plot, "Time over sparsity": _sparsity_plot}
+    if results.stamp["device"] != "cpu":
+        shown = {"Time over blocks": _blocks_plot}
     with matplotlib.rc_context({"font.size": 10, "font.family": "DejaVu Sans"}):
         for title, draw in shown.items():
             figure = draw(results)
