@@ -340,6 +340,13 @@ class TestCompile:
             for one, other in zip(eager, traced, strict=True):
                 assert torch.equal(other.grad, one.grad)
 
+    def test_autocast_is_asked_nothing_that_torch_2_11_cannot_trace(self, monkeypatch):
+        untraceable = torch._dynamo.disable(torch.amp.is_autocast_available)
+        monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+        inputs = qkv(requires_grad=False)
+        compiled = torch.compile(causal, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(*inputs), causal(*inputs))
+
     def test_compiled_without_grad(self):
         compiled = torch.compile(causal, fullgraph=True, backend="aot_eager")
         inputs = qkv(requires_grad=False)
