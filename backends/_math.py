@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["keys_seen", "support_stats", "visible_counts"]
+__all__ = ["in_dtype_of", "keys_seen", "support_stats", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -45,3 +45,8 @@ def support_stats(
         element_density=int(size.sum()) / pairs if pairs else 0.0,
         block_density=int(block_map.sum()) / visible_blocks if visible_blocks else 0.0,
     )
+
+
+def in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
+    """The gradient of a tensor alpha in alpha's dtype; None where there is none."""
+    return None if alphas is None or dalpha is None else dalpha.to(alphas.dtype)

@@ -28,12 +28,12 @@ from adasplash2.testing import make_inputs
 
 __all__ = ["main"]
 
-# Kernel: the field of Config that launches it, and the compile-time arguments that may differ from call to call.
-KERNELS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
-    "entmax_attn_fwd_scan": ("scan", {"BLOCKS": (1, 2), "BOUND_EVERY": (1, 4)}),
-    "entmax_attn_fwd_output": ("output", {}),
-    "entmax_attn_bwd_dq": ("dq", {}),
-    "entmax_attn_bwd_dkv": ("dkv", {"PARTS": (1, 2, 4)}),
+# Kernel: the compile-time arguments that config.py may choose, besides the launch.
+KERNELS: dict[str, dict[str, tuple[int, ...]]] = {
+    "entmax_attn_fwd_scan": {"BLOCKS": (1, 2), "BOUND_EVERY": (1, 4)},
+    "entmax_attn_fwd_output": {},
+    "entmax_attn_bwd_dq": {},
+    "entmax_attn_bwd_dkv": {"PARTS": (1, 2, 4)},
 }
 LAUNCHES = [
     Launch(warps, stages, registers)
@@ -45,7 +45,7 @@ Candidate = tuple[str, Launch, dict[str, int]]
 
 
 def candidates(name: str) -> Iterator[Candidate]:
-    _, options = KERNELS[name]
+    options = KERNELS[name]
     for values in itertools.product(*options.values()):
         for launch in LAUNCHES:
             yield name, launch, dict(zip(options, values, strict=True))
@@ -54,7 +54,7 @@ def candidates(name: str) -> Iterator[Candidate]:
 def record(request: AttentionRequest, dout: torch.Tensor, config: Config) -> dict[str, tuple[int, dict[str, Any]]]:
     """Programs and arguments of each kernel in one call, with copies of what a kernel writes in place."""
     found: dict[str, tuple[int, dict[str, Any]]] = {}
-    launch = backend._launch
+    launch, configure = backend._launch, backend._configure
 
     def launch_and_keep(kernel: Any, programs: int, options: Launch, **arguments: Any) -> None:
         copies = {key: arguments[key].clone() for key in ("LIST", "TAU", "COUNTS") if key in arguments}
@@ -67,7 +67,7 @@ def record(request: AttentionRequest, dout: torch.Tensor, config: Config) -> dic
         result = backend.BACKEND.forward(request)
         backend.BACKEND.backward(request, result.tau, result.saved, dout)
     finally:
-        backend._launch = launch
+        backend._launch, backend._configure = launch, configure
     return found
 
 
@@ -96,7 +96,7 @@ def time_one(candidate: Candidate, programs: int, arguments: dict[str, Any], rou
             arguments[key].copy_(copy)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        kernel[(programs,)](**arguments, **launch.options)
+        backend._launch(kernel, programs, launch, **arguments)
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))

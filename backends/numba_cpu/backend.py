@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import keys_seen, support_stats
+from .._math import in_dtype_of, keys_seen, support_stats
 from . import kernels, simd
 from .threads import run_stage
 
@@ -350,7 +350,7 @@ class NumbaBackend:
             dq.to(request.q.dtype),
             dk.to(request.k.dtype),
             dv.to(request.v.dtype),
-            _in_dtype_of(request.alpha_heads, None if dalpha is None else dalpha.sum((0, 2))),
+            in_dtype_of(request.alpha_heads, None if dalpha is None else dalpha.sum((0, 2))),
         )
 
     def _sparse_backward(
@@ -541,7 +541,7 @@ class NumbaBackend:
                 like.itemsize,
                 like,
             )
-        return dx.to(p.dtype), _in_dtype_of(alpha_rows, dalpha)
+        return dx.to(p.dtype), in_dtype_of(alpha_rows, dalpha)
 
 
 def _device_reasons(x: Tensor) -> tuple[str, ...]:
@@ -553,10 +553,6 @@ def _entmax_types(x: Tensor) -> tuple[torch.dtype, Any, int]:
     if x.dtype == torch.float64:
         return torch.float64, np.float64(0), threads
     return torch.float32, np.float32(0), threads
-
-
-def _in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
-    return None if alphas is None or dalpha is None else dalpha.to(alphas.dtype)
 
 
 def _row_alphas(alpha: float, alpha_rows: Tensor | None, rows: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import support_stats
+from .._math import in_dtype_of, support_stats
 from . import kernels
 from .config import Config, Launch, configure, padded
 
@@ -85,6 +85,11 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
+def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
+    """Tiles of queries and blocks of keys of one head."""
+    return -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
+
+
 class _Call:
     """What the kernels of one call share."""
 
@@ -93,8 +98,8 @@ class _Call:
         self.histogram = histogram
         self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
         self.config = _configure(request)
-        self.n_tiles = -(-request.seqlen_q // self.config.block_m)
-        self.n_blocks = -(-request.seqlen_k // self.config.block_n)
+        self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
+        self.programs = request.batch * request.heads_q * self.n_tiles
         self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
         alphas = request.alpha_heads
         self.alpha_heads = None if alphas is None else alphas.detach().float().contiguous()
@@ -239,13 +244,11 @@ class TritonBackend:
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
         if not request.save_for_backward:
             return []
-        config = _configure(request)
-        n_tiles, n_blocks = -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
         heads = (request.batch, request.heads_q)
         return [
             # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
             request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
-            request.q.new_empty((*heads, n_tiles, n_blocks), dtype=torch.int8),
+            request.q.new_empty((*heads, *_tiles_and_blocks(request, _configure(request))), dtype=torch.int8),
         ]
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
@@ -259,18 +262,15 @@ class TritonBackend:
         device = call.q.device
         out = torch.empty((*rows, request.head_dim_v), dtype=call.q.dtype, device=device)
         tau = torch.empty(rows, dtype=torch.float32, device=device)
-        out1 = torch.empty_like(out, dtype=torch.float32) if request.save_for_backward else None
-        live = None
-        if out1 is not None:
-            live = torch.empty((*rows[:2], call.n_tiles, call.n_blocks), dtype=torch.int8, device=device)
-        saved = [] if out1 is None or live is None else [out1, live]
+        saved = self.saved_like(request)
+        out1, live = saved or (None, None)
         if call.is_empty:
             out.zero_(), tau.fill_(torch.inf)
             for t in saved:
                 t.zero_()
             return AttentionResult(out, tau, saved)
         arguments = call.arguments()
-        programs = request.batch * request.heads_q * call.n_tiles
+        programs = call.programs
         n_chunks = -(-request.seqlen_k // KEYS_PER_CHECK)
         first_bad = torch.empty(request.batch * request.heads_kv * n_chunks, dtype=torch.int32, device=device)
         _launch(
@@ -358,15 +358,14 @@ class TritonBackend:
                 "VEC_O": vector_o,
                 "ALPHA": call.alpha_class,
             }
-            programs = request.batch * request.heads_q * call.n_tiles
             _launch(
                 kernels.entmax_attn_bwd_dq,
-                programs,
+                call.programs,
                 config.dq,
                 OUT1=out1,
                 DQ=dq,
                 DALPHA=dalpha,
-                LIST=call.list_like(programs, call.n_blocks),
+                LIST=call.list_like(call.programs, call.n_blocks),
                 heads_q=request.heads_q,
                 **shared,
             )
@@ -382,10 +381,8 @@ class TritonBackend:
                 PARTS=config.dkv_parts,
                 **shared,
             )
-        if request.alpha_heads is None or dalpha is None:
-            return AttentionGrads(dq, dk, dv, None)
-        dalpha_heads = dalpha.sum((0, 2), dtype=torch.float64).to(request.alpha_heads.dtype)
-        return AttentionGrads(dq, dk, dv, dalpha_heads)
+        summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
+        return AttentionGrads(dq, dk, dv, in_dtype_of(request.alpha_heads, summed))
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats:
         # Values of width 1: the support is a matter of q and k alone.
@@ -398,10 +395,9 @@ class TritonBackend:
             sizes = torch.zeros(rows, dtype=torch.int32, device=tau.device)
             block_map = torch.zeros(map_shape, dtype=torch.int8, device=tau.device)
             if not call.is_empty:
-                programs = request.batch * request.heads_q * call.n_tiles
                 _launch(
                     kernels.entmax_attn_support,
-                    programs,
+                    call.programs,
                     call.config.dq,
                     Q=call.q,
                     K=call.k,
@@ -409,7 +405,7 @@ class TritonBackend:
                     SIZES=sizes,
                     BLOCK_MAP=block_map,
                     LIVE=live,
-                    LIST=call.list_like(programs, call.n_blocks),
+                    LIST=call.list_like(call.programs, call.n_blocks),
                     heads_q=request.heads_q,
                     map_m=block_m,
                     map_n=block_n,
@@ -461,7 +457,7 @@ class TritonBackend:
                     n=n,
                     **_row_arguments(alpha, alpha_rows, n),
                 )
-        return dx, None if dalpha is None or alpha_rows is None else dalpha.to(alpha_rows.dtype)
+        return dx, in_dtype_of(alpha_rows, dalpha)
 
 
 def _row_arguments(alpha: float, alpha_rows: Tensor | None, n: int) -> dict[str, Any]:

@@ -193,17 +193,20 @@ def _bits_of(WORDS, o_places, end):
 
 
 @triton.jit
-def _list_blocks(LIST, WORDS, LIVE, n_blocks, n_whole, FROM_LIVE: tl.constexpr):
-    """Write to LIST, in order, the blocks whose bit is set; how many of the first ``n_whole``, and how many of all."""
+def _list_blocks(LIST, SOURCE, n_blocks, n_whole, FROM_LIVE: tl.constexpr):
+    """Write to LIST, in order, the blocks that are set in SOURCE, which is LIVE or WORDS.
+
+    Returns how many of the first ``n_whole`` blocks are listed, and how many of all.
+    """
     whole = n_blocks * 0
     count = n_blocks * 0
     o_chunk = tl.arange(0, CHUNK)
     for first in range(0, n_blocks, CHUNK):
         o_blocks = first + o_chunk
         if FROM_LIVE:
-            b_listed = tl.load(LIVE + o_blocks, mask=o_blocks < n_blocks, other=0).to(tl.int32)
+            b_listed = tl.load(SOURCE + o_blocks, mask=o_blocks < n_blocks, other=0).to(tl.int32)
         else:
-            b_listed = _bits_of(WORDS, o_blocks, n_blocks)
+            b_listed = _bits_of(SOURCE, o_blocks, n_blocks)
         places = count + tl.cumsum(b_listed, 0) - 1
         tl.store(LIST + places, o_blocks.to(LIST.dtype.element_ty), mask=b_listed > 0)
         whole += tl.sum(tl.where(o_blocks < n_whole, b_listed, 0), 0)
@@ -506,7 +509,7 @@ def entmax_attn_fwd_scan(
     tl.debug_barrier()
     if tl.max(is_bad.to(tl.int32), 0) > 0:
         _fill(WORDS, tl.cdiv(n_seen, WORD), -1)
-    whole, count = _list_blocks(LIST, WORDS, WORDS, n_seen, everyone // BLOCK_N, False)
+    whole, count = _list_blocks(LIST, WORDS, n_seen, everyone // BLOCK_N, False)
     tl.store(COUNTS + 2 * i_tile, whole)
     tl.store(COUNTS + 2 * i_tile + 1, count)
 
@@ -940,7 +943,7 @@ def entmax_attn_bwd_dq(
     o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
     everyone, anyone = _tile_keys(i_m, len_q, len_k, BLOCK_M, IS_CAUSAL)
-    whole, count = _list_blocks(LIST, LIVE, LIVE, tl.cdiv(anyone, BLOCK_N), everyone // BLOCK_N, True)
+    whole, count = _list_blocks(LIST, LIVE, tl.cdiv(anyone, BLOCK_N), everyone // BLOCK_N, True)
     # Queries that see no key, and the padding, may hold anything.
     first_row = 0
     if IS_CAUSAL:
@@ -1270,7 +1273,7 @@ def entmax_attn_support(
     o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
     _, anyone = _tile_keys(i_m, len_q, len_k, BLOCK_M, IS_CAUSAL)
-    _, count = _list_blocks(LIST, LIVE, LIVE, tl.cdiv(anyone, BLOCK_N), 0, True)
+    _, count = _list_blocks(LIST, LIVE, tl.cdiv(anyone, BLOCK_N), 0, True)
     b_q = _signed(_load_tile(Q, i_m * BLOCK_M, 0, seqlen_q, stride_qm, VEC_Q, BLOCK_M, HEAD_DIM, BLOCK_D), SIGN)
     b_tau = tl.load(TAU + row + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
     b_tau = tl.where(b_tau == b_tau, b_tau, float("inf"))
