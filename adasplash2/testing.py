@@ -197,6 +197,12 @@ def _terms(p: Tensor, w: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return p, w, p * (1 + y), p * (torch.expm1(y) - y), torch.isfinite(log_u)
 
 
+def _terms_of_p(p: Tensor, alpha: float | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``_terms`` from p itself."""
+    log_p = p.log()
+    return _terms(p, torch.where(p > 0, torch.exp((2 - alpha) * log_p), 0), (alpha - 1) * log_p)
+
+
 def _attention_moves(dense: Dense, part: Slice, lams: Tensor) -> _Moves:
     magnitude = abs(dense.request.scale) * (part.q.abs() @ dense.k.abs().mT)
     keep = part.visible & ~part.poisoned
@@ -360,18 +366,27 @@ def entmax_backward_truth(p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tenso
     dx, dalpha = BACKEND.entmax_backward(p.double(), dp.double(), alpha, rows)
     used_alpha = alpha if rows is None else rows[:, None]
     p64, g = p.double(), dp.double()
-    log_p = p64.log()
-    w = torch.where(p64 > 0, torch.exp((2 - used_alpha) * log_p), 0)
-    _, _, b_term, a_term, support = _terms(p64, w, (used_alpha - 1) * log_p)
+    tiny = torch.finfo(acc).tiny
+    # What is smaller than a normal number of the accumulation may be read as 0 or as the smallest one.
+    subnormal = (p64 > 0) & (p64 < tiny)
+    (p64, w, b, a, support), (_, w_low, b_low, a_low, _), (_, w_high, b_high, a_high, _) = (
+        _terms_of_p(at, used_alpha) for at in (p64, p64.masked_fill(subnormal, 0), p64.masked_fill(subnormal, tiny))
+    )
+    w_move = torch.maximum(w_high - w, w - w_low)
     w_sum = w.sum(-1, keepdim=True)
-    delta = _ratio((w * g.abs()).sum(-1, keepdim=True), w_sum, torch.full_like(w_sum, torch.inf))
-    natural = w * (g.abs() + delta)
+    at_most = torch.full_like(w_sum, torch.inf)
+    delta = _ratio((w * g.abs()).sum(-1, keepdim=True), w_sum, at_most)
+    distance = g.abs() + delta
+    delta_move = _ratio((w_move * distance).sum(-1, keepdim=True), w_low.sum(-1, keepdim=True), at_most)
+    natural = w * distance
     truth = Truth(p.dtype)
-    power = natural * (1 - log_p).masked_fill(~support, 0)  # a power is as good as its logarithm
-    truth.add("dx", dx, _rounding("dx", acc) * power, _rounding("dx", p.dtype) * dx.abs(), natural)
+    power = natural * (1 - p64.log()).masked_fill(~support, 0)  # a power is as good as its logarithm
+    scores = _rounding("dx", acc) * power + w_move * distance + w_high * delta_move
+    truth.add("dx", dx, scores, _rounding("dx", p.dtype) * dx.abs(), natural)
     if dalpha is not None:
         still = torch.zeros_like(w)
-        m = _Moves(p64, w, still, still, w, w, b_term, a_term, still, still, support, support, still, still)
+        a_move, b_move = torch.maximum(a_high - a, a - a_low), torch.maximum(b_high - b, b - b_low)
+        m = _Moves(p64, w, still, w_move, w_high, w_low, b, a, b_move, a_move, support, support, still, still)
         bound, scale = _alpha_bound(m, g, still, used_alpha, _rounding("dalpha", acc))
         # The reference takes the sum of p for 1. Formulas that do not differ by how far rounding has taken it from 1.
         off_one = (p64.sum(-1, keepdim=True) - 1).abs() + _rounding("dalpha", acc)

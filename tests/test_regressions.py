@@ -17,6 +17,7 @@ from adasplash2.testing import (
     assert_close,
     assert_pair_close,
     attention_truth,
+    entmax_backward_truth,
     entmax_truth,
     run_attention,
 )
@@ -264,6 +265,21 @@ def test_entmax_gradients_of_nan_are_nan(target):
         dx, dalpha = backend.entmax_backward(p, dp, 1.5, alpha_rows)
         assert dx.isnan().tolist() == [[False, False], [True, True]]
         assert dalpha is None or dalpha.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("alpha", [1.05, 1.25, 1.5, 1.75])
+def test_entmax_gradients_of_subnormal_weights(target, alpha):
+    """Read as 0 or as the smallest normal number, a subnormal p gives a w a long way off, relative to itself."""
+    p = torch.zeros(4, 70, device=target.device)
+    p[:, :2] = 0.5
+    p[:, 2] = torch.finfo(torch.float32).tiny * torch.tensor([0.6, 0.01, 1.0, 1.5], device=target.device)
+    dp = torch.linspace(-1, 1, 70, device=target.device).expand(4, 70).contiguous()
+    alphas = torch.full((4,), alpha, device=target.device)
+    target.serving(EntmaxRequest(p, alpha, alphas))
+    dx, dalpha = target.backend.entmax_backward(p, dp, alpha, alphas)
+    truth = entmax_backward_truth(p, dp, alpha, alphas)
+    assert_close(dx, truth, "dx", target.name)
+    assert_close(dalpha, truth, "dalpha", target.name)
 
 
 def test_entmax_of_scores_below_every_stand_in(target):
