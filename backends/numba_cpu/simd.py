@@ -9,11 +9,13 @@ tensor in place. The element type (float32 or float64) follows from an argument 
 from __future__ import annotations
 
 import math
+import platform
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 
 __all__ = [
@@ -54,9 +56,20 @@ class RegisterTile(NamedTuple):
     vectors: int
 
 
-def _host_tile() -> RegisterTile:
+def _features() -> Mapping[str, bool]:
+    """What Numba compiles for: the host's, unless NUMBA_CPU_FEATURES, or NUMBA_CPU_NAME=generic, says otherwise."""
+    if config.CPU_FEATURES is None:
+        host: Mapping[str, bool] = llvm.get_host_cpu_features()
+        return host
+    baseline = {"sse2": platform.machine().lower() in ("x86_64", "amd64")}
+    return baseline | {name[1:]: name[0] == "+" for name in config.CPU_FEATURES.split(",") if name}
+
+
+_FEATURES = _features()
+
+
+def _register_tile(features: Mapping[str, bool]) -> RegisterTile:
     """12 accumulators of 16 registers, or 24 of 32: the rest holds the operands."""
-    features = llvm.get_host_cpu_features()
     if features.get("avx512f") and features.get("avx512bw"):
         return RegisterTile(64, 6, 4)
     if features.get("avx2"):
@@ -64,7 +77,7 @@ def _host_tile() -> RegisterTile:
     return RegisterTile(16, 6, 2 if features.get("sse2") else 4)
 
 
-_TILE = _host_tile()
+_TILE = _register_tile(_FEATURES)
 MR = _TILE.rows
 LANES = _TILE.vector_bytes // 4  # of 32-bit elements
 NR = _TILE.vectors * LANES  # keys per panel
@@ -364,10 +377,9 @@ def spread_pairs(typingctx, src, n, dst, stride):
 
 def _multiply_add_pairs(b, x, y):
     """x[2i] * y[2i] + x[2i+1] * y[2i+1] of int16 vectors, in int32."""
-    features = llvm.get_host_cpu_features()
     wide = ir.VectorType(I32, LANES)
     name = {64: "x86.avx512.pmaddw.d.512", 32: "x86.avx2.pmadd.wd", 16: "x86.sse2.pmadd.wd"}[_TILE.vector_bytes]
-    if features.get("sse2"):
+    if _FEATURES.get("sse2"):
         function = cgutils.get_or_insert_function(b.module, ir.FunctionType(wide, [x.type, y.type]), f"llvm.{name}")
         return b.call(function, [x, y])
     picks = [ir.Constant(wide, list(range(parity, 2 * LANES, 2))) for parity in (0, 1)]
