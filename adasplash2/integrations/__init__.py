@@ -1,0 +1,1 @@
+"""adasplash2 inside other libraries: one module a library, which is imported by that module alone."""
