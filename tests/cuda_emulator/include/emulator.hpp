@@ -13,30 +13,13 @@
 #include <type_traits>
 #include <utility>
 
-struct alignas(4) char4 { signed char x, y, z, w; };
-struct alignas(4) uchar4 { unsigned char x, y, z, w; };
-struct alignas(4) short2 { short x, y; };
-struct alignas(4) ushort2 { unsigned short x, y; };
 struct alignas(8) int2 { int x, y; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(8) float2 { float x, y; };
-struct int3 { int x, y, z; };
 struct uint3 { unsigned x, y, z; };
-struct float3 { float x, y, z; };
 struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(16) double2 { double x, y; };
-struct alignas(16) longlong2 { long long x, y; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
-struct dim3 { unsigned x = 1, y = 1, z = 1; };
-
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
 
@@ -48,31 +31,26 @@ struct Site {
 struct Thread {
     void* stack_pointer;
     uint3 index;
-    int lane, warp, number;
+    int lane;
 };
 
 extern Thread* current;
 extern uint3 block_index;
-extern dim3 block_dim, grid_dim;
+extern uint3 block_dim, grid_dim;
 extern unsigned char* shared_memory;
 
 // A collective of the warp: the lane that comes last calls the operation with every lane's argument.
 using Operation = void (*)(void* const* arguments);
 void collective(Operation operation, const char* name, void* argument, Site site);
 
-struct BarrierVotes {
-    int count, voters;
-};
-BarrierVotes barrier(int id, int threads, bool vote, const char* name, Site site);
+// All threads of the block; gives the number of votes.
+int barrier(bool vote, const char* name, Site site);
 
-// Everything below is called for what the kernel's own loads and stores do not show.
 void copy_async(void* shared, const void* global, int bytes, bool valid, Site site);
 void copy_async_commit();
 void copy_async_wait(int groups);
-void check_shared(const void* address, int bytes, int alignment, bool writes, const char* name, Site site);
+void check_shared(const void* address, int bytes, const char* name, Site site);
 void check_atomic(const void* address, int bytes, const char* name, Site site);
-uint32_t shared_offset(const void* address, Site site);
-[[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 template <class To, class From>
 inline To bits(From from) {
@@ -96,8 +74,9 @@ constexpr char kind_of() {
     return std::is_pointer_v<Argument> ? 'p' : std::is_floating_point_v<Argument> ? 'f' : std::is_integral_v<Argument> ? 'i' : 's';
 }
 
+// Reads the arguments, which are no memory of the kernel's.
 template <class... Arguments, std::size_t... I>
-void call_with(const void* function, void* const* arguments, std::index_sequence<I...>) {
+__attribute__((no_sanitize("thread"))) void call_with(const void* function, void* const* arguments, std::index_sequence<I...>) {
     reinterpret_cast<void (*)(Arguments...)>(const_cast<void*>(function))(*static_cast<Arguments*>(arguments[I])...);
 }
 
@@ -120,7 +99,8 @@ Kernel describe(void (*function)(Arguments...)) {
 #define __global__
 #define __device__
 #define __host__
-#define __constant__ static const
+#define __constant__ const
+#define __CUDA_ARCH__ 800
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -132,16 +112,15 @@ Kernel describe(void (*function)(Arguments...)) {
 #define gridDim (::emulator::grid_dim)
 constexpr int warpSize = 32;
 
-inline void __syncthreads(EMULATOR_SITE) { ::emulator::barrier(0, 0, false, "__syncthreads", site); }
+inline void __syncthreads(EMULATOR_SITE) { ::emulator::barrier(false, "__syncthreads", site); }
 inline int __syncthreads_or(int vote, EMULATOR_SITE) {
-    return ::emulator::barrier(0, 0, vote != 0, "__syncthreads_or", site).count > 0;
+    return ::emulator::barrier(vote != 0, "__syncthreads_or", site) > 0;
 }
 inline int __syncthreads_and(int vote, EMULATOR_SITE) {
-    auto votes = ::emulator::barrier(0, 0, vote != 0, "__syncthreads_and", site);
-    return votes.count == votes.voters;
+    return ::emulator::barrier(vote == 0, "__syncthreads_and", site) == 0;
 }
 inline int __syncthreads_count(int vote, EMULATOR_SITE) {
-    return ::emulator::barrier(0, 0, vote != 0, "__syncthreads_count", site).count;
+    return ::emulator::barrier(vote != 0, "__syncthreads_count", site);
 }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
@@ -167,33 +146,3 @@ constexpr std::common_type_t<A, B> max(A a, B b) {
     if constexpr (std::is_floating_point_v<std::common_type_t<A, B>>) return a != a || b > a ? b : a;
     else return std::common_type_t<A, B>(b) > std::common_type_t<A, B>(a) ? b : a;
 }
-
-#if defined(__aarch64__)
-using emulated_half = __fp16;
-#else
-using emulated_half = _Float16;
-#endif
-
-// Storage alone: arithmetic is done in float, by way of ptx.cuh.
-struct __half {
-    std::uint16_t bits;
-};
-struct __nv_bfloat16 {
-    std::uint16_t bits;
-};
-
-namespace emulator {
-
-inline float widen(__half x) { return float(bits<emulated_half>(x.bits)); }
-inline float widen(__nv_bfloat16 x) { return bits<float>(std::uint32_t(x.bits) << 16); }
-inline float widen(float x) { return x; }
-
-// To nearest, ties to even.
-inline void narrow(__half& to, float x) { to.bits = bits<std::uint16_t>(emulated_half(x)); }
-inline void narrow(__nv_bfloat16& to, float x) {
-    std::uint32_t word = bits<std::uint32_t>(x);
-    to.bits = x != x ? 0x7fff : std::uint16_t((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
-inline void narrow(float& to, float x) { to = x; }
-
-}  // namespace emulator

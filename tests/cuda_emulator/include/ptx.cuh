@@ -1,17 +1,43 @@
-// The functions of backends/cupy_cuda/kernels/ptx.cuh without a GPU: same names, same lane layouts.
+// The functions of the kernels' ptx.cuh without a GPU: the same names, the same lane layouts.
 #pragma once
 
 #include "emulator.hpp"
 
+// Storage alone: arithmetic is done in float.
+struct half {
+    unsigned short bits;
+};
+struct bf16 {
+    unsigned short bits;
+};
+
 namespace emulator {
+
+#if defined(__aarch64__)
+using native_half = __fp16;
+#else
+using native_half = _Float16;
+#endif
+
+inline float widen(half x) { return float(bits<native_half>(x.bits)); }
+inline float widen(bf16 x) { return bits<float>(uint32_t(x.bits) << 16); }
+inline float widen(float x) { return x; }
+
+// To nearest, ties to even.
+inline void narrow(half& to, float x) { to.bits = bits<unsigned short>(native_half(x)); }
+inline void narrow(bf16& to, float x) {
+    uint32_t word = bits<uint32_t>(x);
+    to.bits = x != x ? 0x7fff : (unsigned short)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+inline void narrow(float& to, float x) { to = x; }
 
 struct Fragments {
     float* d;
-    const uint32_t* a;
-    const uint32_t* b;
+    const unsigned* a;
+    const unsigned* b;
 };
-struct Rows {
-    uint32_t* registers;
+struct Matrices {
+    unsigned* registers;
     const void* row;
 };
 struct Exchange {
@@ -21,24 +47,23 @@ struct Exchange {
 };
 struct Vote {
     bool predicate;
-    uint32_t result;
+    unsigned result;
 };
 
-void mma_16x8x16_half(void* const* lanes);
-void mma_16x8x16_bfloat16(void* const* lanes);
-void mma_16x8x8_half(void* const* lanes);
+void mma_half(void* const* lanes);
+void mma_bf16(void* const* lanes);
 template <int MATRICES, bool TRANSPOSED>
 void ldmatrix(void* const* lanes);
 template <int BYTES>
 void shuffle(void* const* lanes);
 void vote(void* const* lanes);
-void nothing(void* const* lanes);
+void syncwarp(void* const* lanes);
 
 template <int MATRICES, bool TRANSPOSED>
-inline void load_matrices(uint32_t* registers, const void* row, const char* name, Site site) {
-    if (current->lane < 8 * MATRICES) check_shared(row, 16, 16, false, name, site);
-    Rows rows = {registers, row};
-    collective(ldmatrix<MATRICES, TRANSPOSED>, name, &rows, site);
+inline void load_matrices(unsigned* registers, const void* row, const char* name, Site site) {
+    if (current->lane < 8 * MATRICES) check_shared(row, 16, name, site);
+    Matrices matrices = {registers, row};
+    collective(ldmatrix<MATRICES, TRANSPOSED>, name, &matrices, site);
 }
 
 template <class V>
@@ -50,42 +75,55 @@ inline V shuffled(V value, int lane, const char* name, Site site) {
     return result;
 }
 
+inline unsigned voted(bool predicate, const char* name, Site site) {
+    Vote own = {predicate, 0};
+    collective(vote, name, &own, site);
+    return own.result;
+}
+
+// Its load and store are no plain ones, that another thread's could race with.
+template <class T, class Update>
+__attribute__((noinline, no_sanitize("thread"))) void atomic(T* address, Update update, const char* name, Site site) {
+    check_atomic(address, sizeof(T), name, site);
+    *address = update(*address);
+}
+
 }  // namespace emulator
 
-inline uint32_t smem_address(const void* address, EMULATOR_SITE) { return emulator::shared_offset(address, site); }
+inline float infinity() { return std::numeric_limits<float>::infinity(); }
+inline float not_a_number() { return std::numeric_limits<float>::quiet_NaN(); }
 
 inline void cp_async_16(void* smem, const void* global, bool valid, EMULATOR_SITE) {
     emulator::copy_async(smem, global, 16, valid, site);
 }
+inline void cp_async_4(void* smem, const void* global, bool valid, EMULATOR_SITE) {
+    emulator::copy_async(smem, global, 4, valid, site);
+}
 inline void cp_async_commit() { emulator::copy_async_commit(); }
 template <int N>
-inline void cp_async_wait() { emulator::copy_async_wait(N); }
+inline void cp_async_wait() {
+    emulator::copy_async_wait(N);
+}
 
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, EMULATOR_SITE) {
+inline void ldmatrix_x4(unsigned (&r)[4], const void* row, EMULATOR_SITE) {
     emulator::load_matrices<4, false>(r, row, "ldmatrix_x4", site);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, EMULATOR_SITE) {
+inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, EMULATOR_SITE) {
     emulator::load_matrices<4, true>(r, row, "ldmatrix_x4_trans", site);
 }
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, EMULATOR_SITE) {
+inline void ldmatrix_x2(unsigned (&r)[2], const void* row, EMULATOR_SITE) {
     emulator::load_matrices<2, false>(r, row, "ldmatrix_x2", site);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, EMULATOR_SITE) {
+inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, EMULATOR_SITE) {
     emulator::load_matrices<2, true>(r, row, "ldmatrix_x2_trans", site);
 }
 
 template <class T>
-inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATOR_SITE) {
-    static_assert(std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>, "__half or __nv_bfloat16");
+inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMULATOR_SITE) {
+    static_assert(std::is_same_v<T, half> || std::is_same_v<T, bf16>, "half or bf16");
     emulator::Fragments fragments = {d, a, b};
-    auto operation = std::is_same_v<T, __half> ? emulator::mma_16x8x16_half : emulator::mma_16x8x16_bfloat16;
+    auto operation = std::is_same_v<T, half> ? emulator::mma_half : emulator::mma_bf16;
     emulator::collective(operation, "mma_m16n8k16", &fragments, site);
-}
-template <class T = __half>
-inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[2], const uint32_t (&b)[1], EMULATOR_SITE) {
-    static_assert(std::is_same_v<T, __half>, "__half");
-    emulator::Fragments fragments = {d, a, b};
-    emulator::collective(emulator::mma_16x8x8_half, "mma_m16n8k8", &fragments, site);
 }
 
 template <class V>
@@ -96,20 +134,23 @@ template <class V>
 inline V shfl(V value, int lane, EMULATOR_SITE) {
     return emulator::shuffled(value, lane, "shfl", site);
 }
-inline uint32_t ballot(bool predicate, EMULATOR_SITE) {
-    emulator::Vote vote = {predicate, 0};
-    emulator::collective(emulator::vote, "ballot", &vote, site);
-    return vote.result;
+inline unsigned ballot(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "ballot", site); }
+inline bool any_sync(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "any_sync", site) != 0; }
+inline void syncwarp(EMULATOR_SITE) { emulator::collective(emulator::syncwarp, "syncwarp", nullptr, site); }
+
+inline int popcount(unsigned bits) { return __builtin_popcount(bits); }
+
+inline void atomic_or(unsigned* address, unsigned bits, EMULATOR_SITE) {
+    emulator::atomic(address, [=](unsigned old) { return old | bits; }, "atomic_or", site);
 }
-inline bool any_sync(bool predicate, EMULATOR_SITE) {
-    emulator::Vote vote = {predicate, 0};
-    emulator::collective(emulator::vote, "any_sync", &vote, site);
-    return vote.result != 0;
+inline void atomic_add(int* address, int n, EMULATOR_SITE) {
+    emulator::atomic(address, [=](int old) { return old + n; }, "atomic_add", site);
 }
-inline void syncwarp(EMULATOR_SITE) { emulator::collective(emulator::nothing, "syncwarp", nullptr, site); }
 
 template <class T>
-inline float to_float(T x) { return emulator::widen(x); }
+inline float to_float(T x) {
+    return emulator::widen(x);
+}
 template <class T>
 inline T from_float(float x) {
     T result;
@@ -117,30 +158,10 @@ inline T from_float(float x) {
     return result;
 }
 template <class T>
-inline uint32_t pack2(float lo, float hi) {
-    return uint32_t(from_float<T>(lo).bits) | uint32_t(from_float<T>(hi).bits) << 16;
+inline unsigned pack2(float low, float high) {
+    return unsigned(from_float<T>(low).bits) | unsigned(from_float<T>(high).bits) << 16;
 }
 template <class T>
-inline float2 unpack2(uint32_t word) {
-    return {to_float(T{uint16_t(word)}), to_float(T{uint16_t(word >> 16)})};
-}
-
-inline float exp2_approx(float x) { return exp2f(x); }
-inline float log2_approx(float x) { return log2f(x); }
-inline float rcp_approx(float x) { return 1.0f / x; }
-inline float sqrt_approx(float x) { return sqrtf(x); }
-
-template <class T>
-inline T atomic_add(T* address, T value, EMULATOR_SITE) {
-    emulator::check_atomic(address, sizeof(T), "atomic_add", site);
-    T old = *address;
-    *address = old + value;
-    return old;
-}
-template <class T>
-inline T atomic_max(T* address, T value, EMULATOR_SITE) {
-    emulator::check_atomic(address, sizeof(T), "atomic_max", site);
-    T old = *address;
-    *address = value > old ? value : old;
-    return old;
+inline float2 unpack2(unsigned packed) {
+    return {to_float(T{(unsigned short)packed}), to_float(T{(unsigned short)(packed >> 16)})};
 }

@@ -1,0 +1,210 @@
+// Every load and store of a kernel, looked at: is it in bounds, is it aligned, is it ordered after the others' there.
+//
+// With checks, g++ compiles a kernel with -fsanitize=thread, which puts a call before each access; the functions called
+// are these, not the sanitizer's own library. Each thread has a clock of every other thread's: how much of what that one
+// did it has seen, by the barriers that both passed. Two accesses to the same byte, one of them a store, by threads of
+// which neither has seen the other's, are a race. Threads of different blocks never see one another.
+#include "runtime.hpp"
+
+#include <link.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+namespace emulator {
+
+namespace {
+
+struct Event {
+    int32_t block = -1;
+    int16_t thread;
+    bool is_atomic;
+    uint32_t clock;
+    const void* from;
+};
+
+struct Shadow {
+    Event written, read[2];
+    bool is_pending = false;  // a cp.async is under way
+};
+
+struct Memory {
+    uintptr_t begin, end;
+    std::vector<Shadow> bytes;
+};
+
+uint32_t clocks[MAX_THREADS][MAX_THREADS];
+std::vector<Memory> tensors;
+std::vector<Shadow> shared;
+// Constants and variables of the kernels' library.
+std::vector<Region> statics;
+
+// Tensors may overlap; a byte has one shadow.
+std::vector<Memory> merged(std::vector<Region> regions) {
+    std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
+    std::vector<Memory> result;
+    for (const Region& region : regions)
+        if (!result.empty() && region.begin <= result.back().end) result.back().end = std::max(result.back().end, region.end);
+        else result.push_back({region.begin, region.end, {}});
+    for (Memory& memory : result) memory.bytes.resize(memory.end - memory.begin);
+    return result;
+}
+
+Shadow* shadow_of(const void* address, int64_t bytes) {
+    if (is_shared(address, bytes)) return &shared[std::size_t(static_cast<const unsigned char*>(address) - shared_memory)];
+    if (!is_in_tensors(address, bytes)) return nullptr;
+    auto a = uintptr_t(address);
+    for (Memory& memory : tensors)
+        if (a >= memory.begin && a < memory.end) return &memory.bytes[a - memory.begin];
+    return nullptr;
+}
+
+bool is_static(const void* address) {
+    return std::any_of(statics.begin(), statics.end(), [a = uintptr_t(address)](const Region& region) {
+        return a >= region.begin && a < region.end;
+    });
+}
+
+bool is_seen(const Event& event, const Fiber& self) {
+    if (event.block < 0) return true;
+    if (event.block != block_number) return false;
+    return event.thread == self.number || clocks[self.number][event.thread] >= event.clock;
+}
+
+[[noreturn]] void fail(const std::string& what, const void* address, const void* from) {
+    abandon(what + ": " + describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from}));
+}
+
+[[noreturn]] void report_race(const Event& other, const char* did, Access access, const void* address, const void* from) {
+    std::string who = format("thread %d of block %d", other.thread, other.block);
+    abandon(std::string("race: ") + (access == Access::read ? "read" : "written") + " without a barrier after " + who +
+            " has " + did + " it at " + to_string({{"", 0}, other.from}) + ": " + describe_address(address) + "; " +
+            where() + " at " + to_string({{"", 0}, from}));
+}
+
+void touch(Shadow& shadow, Access access, const void* address, const void* from) {
+    const Fiber& self = running();
+    bool is_atomic = access == Access::atomic;
+    if (shadow.is_pending) fail("touched while a cp.async to it is under way", address, from);
+    if (!is_seen(shadow.written, self) && !(is_atomic && shadow.written.is_atomic))
+        report_race(shadow.written, "written", access, address, from);
+    Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number], from};
+    if (access == Access::read) {
+        // The first reader and the last one stand for all.
+        shadow.read[is_seen(shadow.read[0], self) ? 0 : 1] = event;
+        return;
+    }
+    for (const Event& read : shadow.read)
+        if (!is_seen(read, self)) report_race(read, "read", access, address, from);
+    shadow = {event, {}, false};
+}
+
+}  // namespace
+
+void check_launch() {
+    tensors = merged({launch->regions, launch->regions + launch->n_regions});
+    statics.clear();
+    dl_iterate_phdr(
+        [](dl_phdr_info* library, std::size_t, void*) {
+            for (int i = 0; i < library->dlpi_phnum; ++i) {
+                const auto& segment = library->dlpi_phdr[i];
+                uintptr_t begin = library->dlpi_addr + segment.p_vaddr;
+                if (segment.p_type == PT_LOAD) statics.push_back({begin, begin + segment.p_memsz});
+            }
+            return 0;
+        },
+        nullptr);
+}
+
+void end_launch_checks() { tensors.clear(); }
+
+void check_block() {
+    shared.assign(std::size_t(launch->shared_bytes), {});
+    for (int i = 0; i < n_threads; ++i) {
+        std::fill(clocks[i], clocks[i] + n_threads, 0);
+        clocks[i][i] = 1;
+    }
+}
+
+void join(const uint32_t* lanes_of_warps) {
+    uint32_t latest[MAX_THREADS] = {};
+    auto each = [=](auto&& action) {
+        for (int w = 0; w < n_warps; ++w)
+            for (uint32_t lanes = lanes_of_warps[w]; lanes; lanes &= lanes - 1) action(w * 32 + __builtin_ctz(lanes));
+    };
+    each([&](int i) {
+        for (int j = 0; j < n_threads; ++j) latest[j] = std::max(latest[j], clocks[i][j]);
+    });
+    each([&](int i) {
+        std::copy(latest, latest + n_threads, clocks[i]);
+        ++clocks[i][i];
+    });
+}
+
+void begin_copy(const Copy& copy, const void* address) {
+    check_access(copy.to, copy.bytes, Access::write, address);
+    if (copy.is_valid) check_access(copy.from, copy.bytes, Access::read, address);
+    Shadow* shadow = shadow_of(copy.to, copy.bytes);
+    for (int i = 0; i < copy.bytes; ++i) shadow[i].is_pending = true;
+}
+
+void end_copy(const Copy& copy) {
+    Shadow* shadow = shadow_of(copy.to, copy.bytes);
+    for (int i = 0; i < copy.bytes; ++i) {
+        shadow[i].is_pending = false;
+        shadow[i].written.clock = clocks[running().number][running().number];
+    }
+}
+
+void check_access(const void* address, int64_t bytes, Access access, const void* from) {
+    // No launch: the library is being loaded.
+    if (!launch || is_stack(address)) return;
+    if (Shadow* shadow = shadow_of(address, bytes)) {
+        for (int64_t i = 0; i < bytes; ++i) touch(shadow[i], access, static_cast<const char*>(address) + i, from);
+        return;
+    }
+    if (!is_static(address)) fail("memory accessed out of bounds", address, from);
+}
+
+}  // namespace emulator
+
+namespace {
+
+void check(const void* address, int bytes, emulator::Access access, const void* from, bool is_aligned) {
+    if (is_aligned && uintptr_t(address) % unsigned(bytes))
+        emulator::abandon(emulator::format("access of %d bytes that is not aligned: ", bytes) +
+                          emulator::describe_address(address) + "; " + emulator::where() + " at " +
+                          emulator::to_string({{"", 0}, from}));
+    emulator::check_access(address, bytes, access, from);
+}
+
+}  // namespace
+
+// The names and signatures that g++ calls.
+#define ON_ACCESS(BYTES)                                                                                      \
+    extern "C" void __tsan_read##BYTES(void* address) {                                                       \
+        check(address, BYTES, emulator::Access::read, __builtin_return_address(0), true);                     \
+    }                                                                                                         \
+    extern "C" void __tsan_write##BYTES(void* address) {                                                      \
+        check(address, BYTES, emulator::Access::write, __builtin_return_address(0), true);                    \
+    }                                                                                                         \
+    extern "C" void __tsan_unaligned_read##BYTES(void* address) {                                             \
+        check(address, BYTES, emulator::Access::read, __builtin_return_address(0), false);                    \
+    }                                                                                                         \
+    extern "C" void __tsan_unaligned_write##BYTES(void* address) {                                            \
+        check(address, BYTES, emulator::Access::write, __builtin_return_address(0), false);                   \
+    }
+ON_ACCESS(1)
+ON_ACCESS(2)
+ON_ACCESS(4)
+ON_ACCESS(8)
+ON_ACCESS(16)
+extern "C" void __tsan_read_range(void* address, std::size_t bytes) {
+    emulator::check_access(address, int64_t(bytes), emulator::Access::read, __builtin_return_address(0));
+}
+extern "C" void __tsan_write_range(void* address, std::size_t bytes) {
+    emulator::check_access(address, int64_t(bytes), emulator::Access::write, __builtin_return_address(0));
+}
+extern "C" void __tsan_init() {}
+extern "C" void __tsan_func_entry(void*) {}
+extern "C" void __tsan_func_exit() {}

@@ -1,0 +1,93 @@
+// What the parts of the runtime know of one another: the grid that runs, its threads, and how a run ends with an error.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ptx.cuh"
+
+#undef threadIdx
+#undef blockIdx
+#undef blockDim
+#undef gridDim
+
+namespace emulator {
+
+constexpr int MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / 32;
+constexpr int64_t MAX_SHARED = 1 << 20;
+
+struct Region {
+    uintptr_t begin, end;
+};
+
+// As __init__.py lays it out.
+struct Launch {
+    const Kernel* kernel;
+    uint32_t grid[3], block[3];
+    int64_t shared_bytes;
+    void* const* arguments;
+    uint64_t seed;
+    int is_shuffled, is_checked;
+    const Region* regions;  // of the tensors
+    int n_regions;
+    char* error;
+    int error_bytes;
+};
+
+// Where in the kernel a thread is: the file and line of the call, and its address for what was inlined around it.
+struct Place {
+    Site site;
+    const void* address;
+};
+std::string to_string(Place place);
+
+struct Copy {
+    unsigned char* to;
+    const void* from;
+    int bytes;
+    bool is_valid;
+    int group;
+};
+
+enum class State { running, waiting, ended };
+
+struct Fiber : Thread {
+    int warp, number;
+    State state;
+    const char* waits_in;
+    Place place;
+    std::vector<Copy> copies;
+    int groups;  // committed
+};
+
+extern const Launch* launch;
+extern int n_threads, n_warps;
+extern int32_t block_number;
+extern Fiber fibers[MAX_THREADS];
+
+inline Fiber& running() { return *static_cast<Fiber*>(current); }
+
+std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
+// "thread (3, 0, 0) of block (1, 0, 0)"
+std::string where();
+// "byte 70 of shared memory, which has 64"
+std::string describe_address(const void* address);
+bool is_shared(const void* address, int64_t bytes);
+bool is_in_tensors(const void* address, int64_t bytes);
+// Not the kernel's memory, but its threads' stacks.
+bool is_stack(const void* address);
+// Ends the launch with this message.
+[[noreturn]] void abandon(const std::string& message);
+
+// checks.cpp: which thread has seen whose accesses.
+void check_launch();
+void end_launch_checks();
+void check_block();
+void join(const uint32_t* lanes_of_warps);
+void begin_copy(const Copy& copy, const void* address);
+void end_copy(const Copy& copy);
+enum class Access { read, write, atomic };
+void check_access(const void* address, int64_t bytes, Access access, const void* from);
+
+}  // namespace emulator
