@@ -1,0 +1,421 @@
+"""The host side: buffers, arguments and the order of the kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
+
+from .._math import in_dtype_of, support_stats
+from .config import CAPABILITIES, Config, Launch, configure, head_class, shared_memory
+from .launcher import CupyLauncher, unavailable_reason
+
+__all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
+
+KEYS_PER_CHECK = 128
+CHECK_WARPS = 4
+ROW_WARPS = 8
+SHORTEST_CAPABILITY = CAPABILITIES[0]
+WORD = 32
+
+# What may be left of tau's error when the output pass begins, in units of the mean u. The output pass then squares the
+# error (output.cu). On float32 at alpha = 2 the bound is that of rounding.
+TARGET = {torch.float16: 1e-3, torch.bfloat16: 1e-3, torch.float32: 1e-6}
+
+_TYPES = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "float"}
+_ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
+
+_pointers = (
+    *("q", "k", "v", "dout", "out", "out1", "tau", "delta", "dq", "dk", "dv", "dalpha"),
+    *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
+)
+_strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
+_integers = (
+    *("sign", "is_causal", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"),
+    *("n_tiles", "n_blocks", "n_chunks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
+    *("map_m", "map_n", "map_rows", "map_columns"),
+)
+
+
+def _struct(pointers: Sequence[str], longs: Sequence[str], floats: Sequence[str], integers: Sequence[str] = ()) -> Any:
+    kinds = {"u8": pointers, "i8": longs, "f4": floats, "i4": integers}
+    return np.dtype([(name, kind) for kind, names in kinds.items() for name in names], align=True)
+
+
+# As the kernels declare them (common.cuh, rows.cu).
+PARAMS = _struct(_pointers, _strides, ("alpha", "scale", "target"), _integers)
+ROW_PARAMS = _struct(
+    ("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha",)
+)
+
+
+_SOURCES = {
+    "entmax_attn_check_keys": "scan.cu",
+    "entmax_attn_fwd_scan": "scan.cu",
+    "entmax_attn_fwd_output": "output.cu",
+    "entmax_attn_bwd_dq": "backward.cu",
+    "entmax_attn_bwd_dkv": "backward.cu",
+    "entmax_attn_support": "backward.cu",
+    "entmax_rows_fwd": "rows.cu",
+    "entmax_rows_bwd": "rows.cu",
+}
+
+
+class Launcher(Protocol):
+    """Runs a kernel on tensors that the caller keeps alive."""
+
+    def launch(
+        self, source: str, kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: np.void
+    ) -> None:
+        """Put a kernel on torch's current stream.
+
+        Args:
+            source: the file that holds it, as ``"scan.cu"``.
+            kernel: name with template arguments, as ``"entmax_attn_check_keys<bf16>"``.
+            grid: programs along x, y and z.
+            block: threads along x, y and z.
+            shared_bytes: dynamic shared memory of a program.
+            args: the kernel's one argument, a record of ``PARAMS`` or ``ROW_PARAMS``.
+        """
+
+
+def _record(kind: np.dtype[Any], values: dict[str, Any]) -> np.void:
+    record = np.zeros((), kind)
+    for name, value in values.items():
+        if value is not None:
+            record[name] = value.data_ptr() if isinstance(value, Tensor) else value
+    found: np.void = record[()]
+    return found
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The tensor with dense rows: a copy only where it has none."""
+    t = t.detach()
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def _layout(name: str, t: Tensor) -> dict[str, int]:
+    """Strides of batch, heads and rows (those of a dimension of size 1 are never used), and alignment to 16 bytes."""
+    steps = [stride if size > 1 else 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
+    per_chunk = 16 // t.element_size()
+    aligned = t.data_ptr() % 16 == 0 and all(step % per_chunk == 0 for step in (*steps, t.shape[-1]))
+    axes = "bhm" if name in "qo" else "bhn"
+    return {f"stride_{name}{axis}": step for axis, step in zip(axes, steps, strict=True)} | {
+        f"aligned_{name}": int(aligned)
+    }
+
+
+def _of(name: str, *values: Any) -> str:
+    """The instantiation of a kernel."""
+    texts = (str(value).lower() if isinstance(value, bool) else str(value) for value in values)
+    return f"{name}<{', '.join(texts)}>"
+
+
+def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+
+
+class _Call:
+    """What the kernels of one call share."""
+
+    def __init__(self, backend: CupyBackend, request: AttentionRequest) -> None:
+        self.request = request
+        self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
+        self.config = backend.config_of(request)
+        self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
+        self.programs = request.batch * request.heads_q * self.n_tiles
+        self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
+        alphas = request.alpha_heads
+        self.alpha_heads = None if alphas is None else alphas.detach().float().contiguous()
+        self.seqlens = [
+            None if t is None else t.detach().to(torch.int64).contiguous() for t in (request.seqlens_q, request.seqlens_k)
+        ]
+        self.dtype = _TYPES[self.q.dtype]
+        self.alpha_class = _alpha_class(request.alpha, self.alpha_heads)
+
+    def arguments(self) -> dict[str, Any]:
+        """Of every kernel of attention."""
+        request = self.request
+        return {
+            "q": self.q,
+            "k": self.k,
+            "v": self.v,
+            "alpha_heads": self.alpha_heads,
+            "seqlens_q": self.seqlens[0],
+            "seqlens_k": self.seqlens[1],
+            **_layout("q", self.q),
+            **_layout("k", self.k),
+            **_layout("v", self.v),
+            "alpha": request.alpha,
+            "scale": abs(request.scale) or 1.0,
+            "target": TARGET[self.q.dtype],
+            "sign": (request.scale > 0) - (request.scale < 0),
+            "is_causal": request.is_causal,
+            "heads_q": request.heads_q,
+            "heads_kv": request.heads_kv,
+            "seqlen_q": request.seqlen_q,
+            "seqlen_k": request.seqlen_k,
+            "head_dim": request.head_dim,
+            "head_dim_v": request.head_dim_v,
+            "n_tiles": self.n_tiles,
+            "n_blocks": self.n_blocks,
+            "n_chunks": -(-request.seqlen_k // KEYS_PER_CHECK),
+        }
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.q.device)
+
+
+def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
+    """Tiles of queries and blocks of keys of one head."""
+    return -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
+
+
+def _alpha_class(alpha: float, alphas: Tensor | None) -> str:
+    """The powers that the kernels are compiled for."""
+    return "ALPHA_ANY" if alphas is not None else _ALPHAS.get(alpha, "ALPHA_ANY")
+
+
+class CupyBackend:
+    """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
+
+    The stages and what they leave behind are those of the Triton backend; the results agree to rounding. Extra memory
+    beyond the results: a byte and a list entry per tile of queries and block of keys, and out1 (of out's shape, float32)
+    for backward. No call waits for the device once its kernels are compiled.
+
+    Args:
+        init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
+            "histogram" (of the same maxima, in 16 bins in shared memory). The results agree to rounding.
+        launcher: what runs the kernels; by default CuPy, on torch's current stream.
+        capability: of the device, for which the kernels are configured, as (9, 0); by default that of each tensor's.
+    """
+
+    name = "cupy"
+    features = frozenset({"alpha per head", "causal mask", "padded seqlens"})
+
+    def __init__(
+        self,
+        init: Literal["maxima", "histogram"] = "maxima",
+        launcher: Launcher | None = None,
+        capability: tuple[int, int] | None = None,
+    ) -> None:
+        self._histogram = init == "histogram"
+        self._launcher: Launcher = launcher or CupyLauncher()
+        self._capability = capability
+
+    def unavailable_reason(self) -> str | None:
+        return unavailable_reason() if isinstance(self._launcher, CupyLauncher) else None
+
+    def unsupported_reasons(self, request: AttentionRequest) -> tuple[str, ...]:
+        reasons = self._tensor_reasons(request.q)
+        for name, size in (("head_dim", request.head_dim), ("head_dim_v", request.head_dim_v)):
+            if size > 256:
+                reasons += (f"got {name}={size}; needs at most 256",)
+        if not reasons and self._configure(request) is None:
+            device = "{}.{}".format(*self._capability_of(request.q.device))
+            wide = max(request.head_dim, request.head_dim_v)
+            reasons += (f"got a head of {wide} {request.q.dtype} on compute capability {device}; needs at most 128",)
+        return reasons
+
+    def entmax_unsupported_reasons(self, request: EntmaxRequest) -> tuple[str, ...]:
+        return self._tensor_reasons(request.x)
+
+    def _tensor_reasons(self, t: Tensor) -> tuple[str, ...]:
+        reasons: tuple[str, ...] = ()
+        if t.dtype not in _TYPES:
+            reasons += (f"got {t.dtype}; needs float16, bfloat16 or float32",)
+        if isinstance(self._launcher, CupyLauncher) and t.device.type != "cuda":
+            return (*reasons, f"got a tensor on {t.device}; needs one on cuda")
+        capability = self._capability_of(t.device)
+        lowest = (8, 0) if t.dtype == torch.bfloat16 else SHORTEST_CAPABILITY
+        if capability < lowest:
+            reasons += (
+                "got {} on a device of compute capability {}.{}; needs {}.{}".format(t.dtype, *capability, *lowest),
+            )
+        return reasons
+
+    def _capability_of(self, device: torch.device) -> tuple[int, int]:
+        return self._capability or _capability_of(device)
+
+    def _configure(self, request: AttentionRequest) -> Config | None:
+        # While a graph is traced, sizes are symbols; what is compiled here hangs on the heads' sizes, so these are fixed.
+        head = head_class(int(request.head_dim), int(request.head_dim_v))
+        return configure(request.q.dtype, head, self._capability_of(request.q.device))
+
+    def config_of(self, request: AttentionRequest) -> Config:
+        """How a call that has no reason against it is cut up."""
+        config = self._configure(request)
+        if config is None:
+            raise ValueError("; ".join(self.unsupported_reasons(request)))
+        return config
+
+    def saved_like(self, request: AttentionRequest) -> list[Tensor]:
+        if not request.save_for_backward:
+            return []
+        heads = (request.batch, request.heads_q)
+        return [
+            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
+            request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
+            request.q.new_empty((*heads, *_tiles_and_blocks(request, self.config_of(request))), dtype=torch.int8),
+        ]
+
+    def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: np.void) -> None:
+        source = _SOURCES[kernel.partition("<")[0]]
+        self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record)
+
+    def _launch_stage(self, call: _Call, stage: str, name: str, programs: int, record: np.void, *values: Any) -> None:
+        """One of the kernels that the configuration has a ``Launch`` for; ``values`` are its template's first."""
+        config = call.config
+        launch: Launch = getattr(config, stage)
+        columns = () if stage == "scan" else (launch.columns,)
+        sizes = (config.block_m, config.block_n, *columns, launch.warps, launch.stages, launch.programs)
+        self._launch(
+            _of(name, call.dtype, config.head, *values, *sizes),
+            programs,
+            launch.warps,
+            shared_memory(config, stage, call.q.dtype),
+            record,
+        )
+
+    def forward(self, request: AttentionRequest) -> AttentionResult:
+        call = _Call(self, request)
+        with _on_device(call.q):
+            return self._forward(call)
+
+    def _forward(self, call: _Call) -> AttentionResult:
+        request, config = call.request, call.config
+        rows = (request.batch, request.heads_q, request.seqlen_q)
+        out = call.empty(*rows, request.head_dim_v, dtype=call.q.dtype)
+        tau = call.empty(*rows, dtype=torch.float32)
+        saved = self.saved_like(request)
+        out1, live = saved or (None, None)
+        if call.is_empty:
+            out.zero_(), tau.fill_(torch.inf)
+            for t in saved:
+                t.zero_()
+            return AttentionResult(out, tau, saved)
+        arguments = call.arguments()
+        checks = request.batch * request.heads_kv * arguments["n_chunks"]
+        # Named, so that they live until the last launch; after it, torch's allocator orders their reuse on the stream.
+        first_bad = call.empty(checks, dtype=torch.int32)
+        words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
+        lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
+        counts = call.empty(call.programs, dtype=torch.int32)
+        record = _record(
+            PARAMS,
+            arguments
+            | {"out": out, "out1": out1, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts}
+            | {"first_bad": first_bad},
+        )
+        self._launch(_of("entmax_attn_check_keys", call.dtype), checks, CHECK_WARPS, 128, record)
+        programs, alpha = call.programs, call.alpha_class
+        self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
+        self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
+        return AttentionResult(out, tau, saved)
+
+    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+        call = _Call(self, request)
+        with _on_device(call.q):
+            return self._backward(call, tau, saved, _readable(dout))
+
+    def _backward(self, call: _Call, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+        request = call.request
+        out1, live = saved
+        dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
+        dalpha = None if request.alpha_heads is None else torch.empty_like(tau)
+        if call.is_empty:
+            for t in (dq, dk, dv, dalpha):
+                if t is not None:
+                    t.zero_()
+        else:
+            delta = torch.empty_like(tau)
+            record = _record(
+                PARAMS,
+                call.arguments()
+                | _layout("o", dout)
+                | {"dout": dout, "out1": out1, "tau": tau, "delta": delta, "live": live}
+                | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha},
+            )
+            alpha = call.alpha_class
+            self._launch_stage(
+                call, "dq", "entmax_attn_bwd_dq", call.programs, record, alpha, dalpha is not None
+            )
+            blocks = request.batch * request.heads_kv * call.n_blocks
+            self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
+        summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
+        return AttentionGrads(dq, dk, dv, in_dtype_of(request.alpha_heads, summed))
+
+    def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats:
+        # Values of width 1: the support is a matter of q and k alone.
+        request = replace(request, v=request.k[..., :1], save_for_backward=True)
+        call = _Call(self, request)
+        rows = (request.batch, request.heads_q, request.seqlen_q)
+        map_shape = (*rows[:2], -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
+        with _on_device(call.q):
+            _, tau, (_, live) = self._forward(call)
+            sizes = torch.zeros(rows, dtype=torch.int32, device=tau.device)
+            block_map = torch.zeros(map_shape, dtype=torch.int8, device=tau.device)
+            if not call.is_empty:
+                record = _record(
+                    PARAMS,
+                    call.arguments()
+                    | {"tau": tau, "live": live, "sizes": sizes, "block_map": block_map}
+                    | {"map_m": block_m, "map_n": block_n, "map_rows": map_shape[2], "map_columns": map_shape[3]},
+                )
+                self._launch_stage(call, "dq", "entmax_attn_support", call.programs, record)
+        return support_stats(request, tau, sizes, block_map, block_m, block_n)
+
+    def entmax(self, request: EntmaxRequest) -> Tensor:
+        x = request.x.detach()
+        p = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        if p.numel():
+            with _on_device(x):
+                self._launch_rows("entmax_rows_fwd", x, request.alpha, request.alpha_rows, {"x": x, "p": p}, x)
+        return p
+
+    def entmax_backward(
+        self, p: Tensor, dp: Tensor, alpha: float, alpha_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        p, dp = p.detach().contiguous(), dp.detach()
+        dx = torch.empty_like(p)
+        dalpha = None if alpha_rows is None else torch.zeros(len(p), dtype=torch.float32, device=p.device)
+        if dx.numel():
+            with _on_device(p):
+                tensors = {"p": p, "dp": dp, "dx": dx, "dalpha": dalpha}
+                self._launch_rows("entmax_rows_bwd", p, alpha, alpha_rows, tensors, dp)
+        return dx, in_dtype_of(alpha_rows, dalpha)
+
+    def _launch_rows(
+        self,
+        name: str,
+        like: Tensor,
+        alpha: float,
+        alpha_rows: Tensor | None,
+        tensors: dict[str, Tensor | None],
+        strided: Tensor,
+    ) -> None:
+        rows, n = like.shape
+        alphas = None if alpha_rows is None else alpha_rows.detach().float().contiguous()
+        record = _record(
+            ROW_PARAMS,
+            tensors
+            | {"alpha_rows": alphas, "stride_m": strided.stride(0), "stride_n": strided.stride(1), "n": n, "alpha": alpha},
+        )
+        kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))
+        self._launch(kernel, rows, ROW_WARPS, 128, record)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+BACKEND = CupyBackend()

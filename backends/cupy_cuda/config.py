@@ -1,0 +1,139 @@
+"""Tile sizes, warps and pipeline stages of the kernels: a pure function of dtype, head sizes and compute capability.
+
+Chosen from what the compiler reports (no spills) and from what fits into shared memory; not measured yet. Nothing is
+tuned while a user waits.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Config", "Launch", "configure", "head_class", "shared_memory"]
+
+# Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
+# specifications); a newer device gets what the nearest older one here has.
+SHARED_MEMORY = {
+    (7, 5): 65_536,
+    (8, 0): 166_912,
+    (8, 6): 101_376,
+    (8, 7): 166_912,
+    (8, 9): 101_376,
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (12, 0): 101_376,
+}
+CAPABILITIES = tuple(SHARED_MEMORY)
+
+SCRATCH = 128  # bytes that each kernel has for reductions
+LIST = 4096  # bytes of the lists in shared memory (backward.cu)
+HEAD_CLASSES = (64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Of one kernel.
+
+    Attributes:
+        warps: of a program.
+        columns: of scores that are in registers at once; keys, and queries in dkv.
+        stages: of the pipeline, each with its own buffer.
+        programs: that a multiprocessor holds at once, at least: it bounds the registers of a thread.
+    """
+
+    warps: int
+    columns: int
+    stages: int
+    programs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How one call is cut up.
+
+    Attributes:
+        head: channels that heads are padded to, in shared memory and registers alone.
+        head_v: channels of v that the output kernel takes at once.
+        block_m: queries of a tile.
+        block_n: keys of a block, the unit that is skipped.
+        scan, output, dq, dkv: of the kernels.
+    """
+
+    head: int
+    head_v: int
+    block_m: int
+    block_n: int
+    scan: Launch
+    output: Launch
+    dq: Launch
+    dkv: Launch
+
+
+def head_class(head_dim: int, head_dim_v: int) -> int:
+    """The channels that the kernels are compiled for."""
+    return next(size for size in HEAD_CLASSES if max(head_dim, head_dim_v) <= size)
+
+
+@functools.cache
+def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Config | None:
+    """The configuration of a call, or None where nothing fits.
+
+    Args:
+        dtype: of q, k and v.
+        head: ``head_class`` of the heads.
+        capability: of the device, as (9, 0).
+    """
+    room = SHARED_MEMORY[max(known for known in CAPABILITIES if known <= capability)]
+    candidates = _HALF[head] if dtype.itemsize == 2 else _FLOAT[head]
+    for config in candidates:
+        if all(shared_memory(config, name, dtype) <= room for name in ("scan", "output", "dq", "dkv")):
+            return config
+    return None
+
+
+def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
+    """Bytes of shared memory that a program of the kernel takes, as the kernel lays it out."""
+    launch: Launch = getattr(config, kernel)
+    row, row_v = config.head * dtype.itemsize, config.head_v * dtype.itemsize
+    tile, block = config.block_m * row, config.block_n * row
+    staging = 0 if dtype.itemsize == 2 else launch.warps * 16 * (launch.columns + 4) * 4
+    if kernel == "scan":
+        ring = launch.stages * block
+        return SCRATCH + (max(tile, ring) if dtype.itemsize == 2 and config.head <= 128 else tile + ring)
+    if kernel == "output":
+        return SCRATCH + tile + launch.stages * (block + config.block_n * row_v) + staging
+    if kernel == "dq":
+        return SCRATCH + LIST + 2 * tile + launch.stages * 2 * block + staging
+    part = launch.columns * (2 * row + 2 * 4)
+    return SCRATCH + LIST + 2 * block + launch.stages * part + staging
+
+
+# The first that fits is taken.
+_HALF = {
+    64: [
+        Config(64, 64, 128, 64, Launch(4, 64, 3, 3), Launch(8, 64, 2, 1), Launch(8, 32, 2, 1), Launch(4, 64, 2, 1)),
+        Config(64, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
+    ],
+    128: [
+        Config(128, 128, 128, 64, Launch(4, 64, 3, 2), Launch(8, 32, 2, 1), Launch(8, 32, 2, 1), Launch(4, 32, 2, 1)),
+        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
+        Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 32, 1, 1), Launch(4, 32, 1, 1), Launch(2, 32, 1, 1)),
+    ],
+    256: [
+        Config(256, 128, 64, 64, Launch(4, 64, 2, 1), Launch(4, 16, 2, 1), Launch(4, 16, 1, 1), Launch(4, 16, 1, 1)),
+        Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
+    ],
+}
+_FLOAT = {
+    64: [
+        Config(64, 64, 64, 32, Launch(4, 32, 2, 1), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(2, 32, 1, 1)),
+    ],
+    128: [
+        Config(128, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
+    ],
+    256: [
+        Config(256, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 16, 1, 1)),
+    ],
+}

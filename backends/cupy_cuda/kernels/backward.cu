@@ -1,0 +1,373 @@
+// dq and dkv over the blocks that hold support, and the support itself.
+#include "products.cuh"
+
+// delta = dout . out1 per row, dq, and with DALPHA the gradient of alpha per row.
+template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
+          int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const Params params) {
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int N = KEYS / 8;
+  constexpr int ND = D / 8;
+  constexpr int R = 2 * M;
+  extern __shared__ __align__(128) unsigned char smem[];
+  int* scratch = reinterpret_cast<int*>(smem);
+  int* list = scratch + 32;
+  T* q_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  T* dout_tile = q_tile + BLOCK_M * D;
+  T* k_tiles = dout_tile + BLOCK_M * D;
+  T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
+  float* staging = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * D) + warp_of() * STAGING<M, N>;
+
+  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
+  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
+  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
+  const T* dout = head_of<T>(params.dout, tile.i_b, params.stride_ob, tile.i_h, params.stride_oh);
+  const signed char* live = params.live + tile.index * params.n_blocks;
+  const Rows rows = rows_that_see(tile.lengths, params.is_causal);
+  const int n_whole = tile.everyone / BLOCK_N;
+
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, rows.low, rows.high, params.stride_qm, params.head_dim,
+                                    params.aligned_q);
+  load_tile<T, D, BLOCK_M, THREADS>(dout_tile, dout, tile.first, rows.low, rows.high, params.stride_om,
+                                    params.head_dim_v, params.aligned_o);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+
+  float tau[R], delta[R];
+  float w_sum[R], phi_sum[R], y_sum[R], b_dp[R], a_dp[R];
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = tile.first + row_of<M>(i);
+    tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
+    delta[i] = 0;
+    if (row >= rows.low && row < rows.high) {
+      const float* out1 = params.out1 + (tile.row + row) * params.head_dim_v;
+      for (int n = 0; 8 * n < params.head_dim_v; n++)
+        for (int e = 0; e < 2; e++) {
+          const int column = column_of(n, e);
+          if (column < params.head_dim_v)
+            delta[i] += to_float<T>(element<T, D>(dout_tile, row - tile.first, column)) * out1[column];
+        }
+    }
+    delta[i] = quad_sum(delta[i]);
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i];
+    w_sum[i] = phi_sum[i] = y_sum[i] = b_dp[i] = a_dp[i] = 0;
+  }
+
+  float dq[M][ND][4];
+  clear(dq);
+  for_listed<WARPS>(
+      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return live[j] != 0; },
+      [&](int count) {
+        pipeline<STAGES>(
+            count,
+            [&](int i, int stage) {
+              load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
+                                                tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
+              load_tile<T, D, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * D, v, list[i] * BLOCK_N, 0,
+                                                tile.lengths.k, params.stride_vn, params.head_dim_v,
+                                                params.aligned_v);
+            },
+            [&](int i, int stage) {
+              const int j = list[i];
+#pragma unroll 1
+              for (int first = 0; first < BLOCK_N; first += KEYS) {
+                const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
+                float s[M][N][4], ds[M][N][4];
+                clear(s);
+                clear(ds);
+                scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+                scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, v_tiles + (stage * BLOCK_N + first) * D);
+                if (j >= n_whole)
+                  mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
+#pragma unroll
+                for (int row = 0; row < R; row++)
+#pragma unroll
+                  for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                      float& dp = ds[row / 2][n][row % 2 * 2 + e];
+                      const float u = fmaxf(s[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
+                      float p, w;
+                      powers<ALPHA>(u, r, p, w);
+                      if constexpr (DALPHA) {
+                        if (u > 0) {
+                          const float y = fmaxf(-0.69314718f * log2f(u), 0.0f);
+                          const float a = p * surprise(y);
+                          w_sum[row] += w;
+                          phi_sum[row] += a;
+                          y_sum[row] += p * y;
+                          b_dp[row] += p * (1 + y) * dp;
+                          a_dp[row] += a * dp;
+                        }
+                      }
+                      dp = w * (dp - delta[row]);
+                    }
+                accumulate<T>(dq, ds, keys, staging);
+              }
+            });
+      });
+
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = tile.first + row_of<M>(i);
+    const float nan = tau[i] != tau[i] ? not_a_number() : 0.0f;
+    if constexpr (DALPHA) {
+      const float w = quad_sum(w_sum[i]), phi = quad_sum(phi_sum[i]), y = quad_sum(y_sum[i]);
+      const float b = quad_sum(b_dp[i]), a = quad_sum(a_dp[i]);
+      const float gradient = (phi * b - (1 + y) * a) / ((w > 0 ? w : 1.0f) * tile.exponent * tile.exponent);
+      if (lane_of() % 4 == 0 && row < params.seqlen_q) params.dalpha[tile.row + row] = gradient + nan;
+    }
+    if (row >= params.seqlen_q) continue;
+    T* to = static_cast<T*>(params.dq) + (tile.row + row) * params.head_dim;
+    const float factor = params.scale * params.sign;
+#pragma unroll
+    for (int n = 0; n < ND; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int column = column_of(n, e);
+        if (column < params.head_dim) to[column] = from_float<T>(dq[i / 2][n][i % 2 * 2 + e] * factor + nan);
+      }
+  }
+}
+
+// One block of keys of one head of keys.
+struct KeyBlock {
+  int i_b, i_kv, j;
+  int first_head;  // of its group of query heads, among all
+  int group;
+  Lengths lengths;
+  Rows rows;
+};
+
+template <class T, int BLOCK_N, int M, int N>
+__device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
+                                           const KeyBlock& block, const Params& params) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; i++) {
+    const int key = block.j * BLOCK_N + row_of<M>(i);
+    if (key >= params.seqlen_k) continue;
+    const long long row = static_cast<long long>(block.i_b * params.heads_kv + block.i_kv) * params.seqlen_k + key;
+    T* start = static_cast<T*>(to) + row * width;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const int column = column_of(n, e);
+        if (column < width) start[column] = from_float<T>(values[i / 2][n][i % 2 * 2 + e] * factor);
+      }
+  }
+}
+
+// dk, dv or both, over the tiles of all heads of the group for which the block is live: no atomics, so that the bits are
+// the same each time. Keys are rows here, COLUMNS queries columns.
+template <bool DK, bool DV, class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES>
+__device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& block, unsigned char* smem) {
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int M = BLOCK_N / (16 * WARPS);
+  constexpr int N = COLUMNS / 8;
+  constexpr int ND = D / 8;
+  constexpr int PARTS = BLOCK_M / COLUMNS;
+  constexpr int PART = COLUMNS * D;
+  int* scratch = reinterpret_cast<int*>(smem);
+  int* list = scratch + 32;
+  T* k_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  T* v_tile = k_tile + BLOCK_N * D;
+  T* q_parts = v_tile + BLOCK_N * D;
+  T* dout_parts = q_parts + STAGES * PART;
+  float* taus = reinterpret_cast<float*>(dout_parts + STAGES * PART);
+  float* deltas = taus + STAGES * COLUMNS;
+  float* staging = deltas + STAGES * COLUMNS + warp_of() * STAGING<M, N>;
+
+  const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, block.i_kv * block.group, params.stride_qh);
+  const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, block.i_kv * block.group, params.stride_oh);
+  const int n_tiles = params.n_tiles;
+  const signed char* live =
+      params.live + static_cast<long long>(block.first_head) * n_tiles * params.n_blocks + block.j;
+
+  float dk[DK ? M : 1][DK ? ND : 1][4], dv[DV ? M : 1][DV ? ND : 1][4];
+  clear(dk);
+  clear(dv);
+  for_listed<WARPS>(
+      block.group * n_tiles, list, scratch,
+      [&](int entry) { return live[static_cast<long long>(entry) * params.n_blocks] != 0; },
+      [&](int count) {
+        pipeline<STAGES>(
+            count * PARTS,
+            [&](int i, int stage) {
+              const int entry = list[i / PARTS], i_g = entry / n_tiles;
+              const int first = entry % n_tiles * BLOCK_M + i % PARTS * COLUMNS;
+              load_tile<T, D, COLUMNS, THREADS>(q_parts + stage * PART, q + i_g * params.stride_qh, first,
+                                                block.rows.low, block.rows.high, params.stride_qm, params.head_dim,
+                                                params.aligned_q);
+              load_tile<T, D, COLUMNS, THREADS>(dout_parts + stage * PART, dout + i_g * params.stride_oh, first,
+                                                block.rows.low, block.rows.high, params.stride_om, params.head_dim_v,
+                                                params.aligned_o);
+              const long long start = static_cast<long long>(block.first_head + i_g) * params.seqlen_q + first;
+              for (int row = threadIdx.x; row < COLUMNS; row += THREADS) {
+                const bool is_valid = first + row >= block.rows.low && first + row < block.rows.high;
+                const long long at = is_valid ? start + row : 0;
+                cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
+                cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
+              }
+            },
+            [&](int i, int stage) {
+              const int entry = list[i / PARTS], i_g = entry / n_tiles;
+              const int first = entry % n_tiles * BLOCK_M + i % PARTS * COLUMNS;
+              const float exponent = exponent_of(params, block.i_kv * block.group + i_g);
+              const float c = exponent * params.scale, r = 1 / exponent;
+              float p[M][N][4], ds[M][N][4];
+              clear(p);
+              scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_parts + stage * PART);
+              if constexpr (DK) {
+                clear(ds);
+                scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_parts + stage * PART);
+              }
+              const bool is_masked =
+                  keys_seen(first, block.lengths, params.is_causal) < (block.j + 1) * BLOCK_N;
+#pragma unroll
+              for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                  const int column = column_of(n, e);
+                  const float tau = taus[stage * COLUMNS + column], delta = deltas[stage * COLUMNS + column];
+                  const int seen = is_masked ? keys_seen(first + column, block.lengths, params.is_causal) -
+                                                   block.j * BLOCK_N
+                                             : BLOCK_N;
+#pragma unroll
+                  for (int row = 0; row < 2 * M; row++) {
+                    float& score = p[row / 2][n][row % 2 * 2 + e];
+                    float& dp = ds[row / 2][n][row % 2 * 2 + e];
+                    const float z = score * c - tau;
+                    // A row without a tau takes all that it sees with it: NaN stays.
+                    const float u = z <= 0 || row_of<M>(row) >= seen ? 0.0f : z;
+                    float w;
+                    powers<ALPHA>(u, r, score, w);
+                    if constexpr (DK) dp = w * (dp - delta);
+                  }
+                }
+              if constexpr (DV) accumulate<T>(dv, p, dout_parts + stage * PART, staging);
+              if constexpr (DK) accumulate<T>(dk, ds, q_parts + stage * PART, staging);
+            });
+      });
+  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, block, params);
+  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, block, params);
+}
+
+// dk and dv of one block of keys.
+template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES, int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(const Params params) {
+  constexpr int THREADS = 32 * WARPS;
+  extern __shared__ __align__(128) unsigned char smem[];
+  T* k_tile = reinterpret_cast<T*>(smem + 128 + LIST_ENTRIES * 4);
+  T* v_tile = k_tile + BLOCK_N * D;
+
+  KeyBlock block;
+  block.j = blockIdx.x % params.n_blocks;
+  const int i_bh = blockIdx.x / params.n_blocks;
+  block.i_b = i_bh / params.heads_kv;
+  block.i_kv = i_bh % params.heads_kv;
+  block.group = params.heads_q / params.heads_kv;
+  block.first_head = block.i_b * params.heads_q + block.i_kv * block.group;
+  block.lengths = lengths_of(params, block.i_b);
+  block.rows = rows_that_see(block.lengths, params.is_causal);
+
+  const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
+  const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
+  load_tile<T, D, BLOCK_N, THREADS>(k_tile, k, block.j * BLOCK_N, 0, block.lengths.k, params.stride_kn,
+                                    params.head_dim, params.aligned_k);
+  load_tile<T, D, BLOCK_N, THREADS>(v_tile, v, block.j * BLOCK_N, 0, block.lengths.k, params.stride_vn,
+                                    params.head_dim_v, params.aligned_v);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
+  if constexpr (D <= 128) {
+    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
+  } else {
+    // Both sums together would not fit into the registers.
+    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
+    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
+  }
+}
+
+// How many keys of each row have u > 0, and which (map_m, map_n) blocks hold one.
+template <class T, int D, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(const Params params) {
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int N = KEYS / 8;
+  constexpr int R = 2 * M;
+  extern __shared__ __align__(128) unsigned char smem[];
+  int* scratch = reinterpret_cast<int*>(smem);
+  int* list = scratch + 32;
+  T* q_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  T* k_tiles = q_tile + BLOCK_M * D;
+
+  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const float c = tile.exponent * params.scale;
+  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
+  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const signed char* live = params.live + tile.index * params.n_blocks;
+  signed char* map = params.block_map +
+                     static_cast<long long>(tile.i_b * params.heads_q + tile.i_h) * params.map_rows *
+                         params.map_columns;
+
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                    params.aligned_q);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  float tau[R];
+  int size[R];
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = tile.first + row_of<M>(i);
+    tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
+    size[i] = 0;
+  }
+  for_listed<WARPS>(
+      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return live[j] != 0; },
+      [&](int count) {
+        pipeline<STAGES>(
+            count,
+            [&](int i, int stage) {
+              load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
+                                                tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
+            },
+            [&](int i, int stage) {
+#pragma unroll 1
+              for (int first = 0; first < BLOCK_N; first += KEYS) {
+                const int first_key = list[i] * BLOCK_N + first;
+                float s[M][N][4];
+                clear(s);
+                scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
+                mask_scores<M, N>(s, tile.first, first_key, tile.lengths, params.is_causal);
+#pragma unroll
+                for (int row = 0; row < R; row++)
+#pragma unroll
+                  for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                      if (!(s[row / 2][n][row % 2 * 2 + e] * c - tau[row] > 0)) continue;
+                      size[row]++;
+                      const long long map_row = (tile.first + row_of<M>(row)) / params.map_m;
+                      map[map_row * params.map_columns + (first_key + column_of(n, e)) / params.map_n] = 1;
+                    }
+              }
+            });
+      });
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = tile.first + row_of<M>(i);
+    size[i] += shfl_xor(size[i], 1);
+    size[i] += shfl_xor(size[i], 2);
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.sizes[tile.row + row] = size[i];
+  }
+}

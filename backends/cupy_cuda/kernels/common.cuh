@@ -1,0 +1,390 @@
+// What the kernels share: their arguments, alpha's powers, masks, tiles in shared memory, lists and reductions.
+//
+// Notation of adasplash2/contract.py: z = c * s with s = q . k and c = (alpha - 1) * |scale| (the sign of the scale
+// goes into q, or into k), u = max(z - tau, 0), p = u ** r, w = u ** (r - 1), r = 1 / (alpha - 1).
+//
+// A tile is BLOCK_M queries of one head, a block BLOCK_N keys. `live` has a byte for each tile and block, 1 where it
+// holds support. Rows that see no key have tau = +inf; rows with a query that is not finite, or that see a key that is
+// not, have tau = NaN.
+#pragma once
+
+#include "ptx.cuh"
+
+constexpr int ALPHA_ANY = 0;
+constexpr int ALPHA_1_5 = 1;
+constexpr int ALPHA_2 = 2;
+
+constexpr int KEYS_PER_CHECK = 128;
+constexpr int WORD = 32;
+constexpr int BINS = 16;
+constexpr int INIT_STEPS = 4;
+
+// As backend.py lays it out: eight bytes first, then four. Strides are in elements.
+struct Params {
+  const void* q;
+  const void* k;
+  const void* v;
+  const void* dout;
+  void* out;
+  float* out1;
+  float* tau;
+  float* delta;
+  void* dq;
+  void* dk;
+  void* dv;
+  float* dalpha;
+  signed char* live;
+  unsigned* words;
+  int* list;
+  int* counts;
+  int* first_bad;
+  const float* alpha_heads;
+  const long long* seqlens_q;
+  const long long* seqlens_k;
+  int* sizes;
+  signed char* block_map;
+  long long stride_qb, stride_qh, stride_qm;
+  long long stride_kb, stride_kh, stride_kn;
+  long long stride_vb, stride_vh, stride_vn;
+  long long stride_ob, stride_oh, stride_om;
+  float alpha;
+  float scale;  // its magnitude, 1 for 0
+  float target;
+  int sign;  // of the scale
+  int is_causal;
+  int heads_q, heads_kv;
+  int seqlen_q, seqlen_k;
+  int head_dim, head_dim_v;
+  int n_tiles, n_blocks, n_chunks;
+  int aligned_q, aligned_k, aligned_v, aligned_o;  // rows start at, and consist of, whole 16 bytes
+  int map_m, map_n, map_rows, map_columns;
+};
+
+struct alignas(16) Vec4 {
+  float x, y, z, w;
+};
+
+// ---- alpha
+
+// For u >= 0 or NaN.
+template <int ALPHA>
+__device__ __forceinline__ void powers(float u, float r, float& p, float& w) {
+  if constexpr (ALPHA == ALPHA_1_5) {
+    w = u;
+    p = u * u;
+  } else if constexpr (ALPHA == ALPHA_2) {
+    w = u == 0 ? 0.0f : 1.0f;
+    p = u;
+  } else {
+    w = u == 0 ? 0.0f : exp2f((r - 1) * log2f(u));
+    p = w * u;
+  }
+}
+
+// The step on the norm of u from f = sum u ** r and g = sum u ** (r - 1): from below it does not pass tau.
+template <int ALPHA>
+__device__ __forceinline__ float newton_step(float f, float g, float r) {
+  float power;
+  if constexpr (ALPHA == ALPHA_1_5) {
+    power = sqrtf(f);
+  } else if constexpr (ALPHA == ALPHA_2) {
+    power = f > 0 ? 1.0f : 0.0f;
+  } else {
+    power = f > 0 ? exp2f((1 - 1 / r) * log2f(f)) : 0.0f;
+  }
+  return g > 0 ? (f - power) / g : 0.0f;
+}
+
+// phi(y) = exp(y) - 1 - y, by its series where the difference cancels.
+__device__ __forceinline__ float surprise(float y) {
+  const float series = 1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))));
+  return y < 0.25f ? y * y / 2 * series : expf(y) - 1 - y;
+}
+
+__device__ __forceinline__ float exponent_of(const Params& params, int i_h) {
+  return (params.alpha_heads ? params.alpha_heads[i_h] : params.alpha) - 1;
+}
+
+// ---- what is seen
+
+struct Lengths {
+  int q, k;
+};
+
+// Whatever the tensors hold, inside the memory.
+__device__ __forceinline__ Lengths lengths_of(const Params& params, int i_b) {
+  Lengths lengths{params.seqlen_q, params.seqlen_k};
+  if (params.seqlens_q) lengths.q = static_cast<int>(min(max(params.seqlens_q[i_b], 0LL), (long long)lengths.q));
+  if (params.seqlens_k) lengths.k = static_cast<int>(min(max(params.seqlens_k[i_b], 0LL), (long long)lengths.k));
+  return lengths;
+}
+
+// How many keys, from the first one, a query sees.
+__device__ __forceinline__ int keys_seen(int row, Lengths lengths, bool is_causal) {
+  if (row >= lengths.q) return 0;
+  return is_causal ? min(max(row + 1 + lengths.k - lengths.q, 0), lengths.k) : lengths.k;
+}
+
+// Rows whose queries count: those that see no key, and the padding, may hold anything.
+struct Rows {
+  int low, high;
+};
+
+__device__ __forceinline__ Rows rows_that_see(Lengths lengths, bool is_causal) {
+  return Rows{is_causal ? max(lengths.q - lengths.k, 0) : 0, lengths.q};
+}
+
+// One tile of queries of one head, and the keys that it sees.
+struct QueryTile {
+  int i_b, i_h, i_kv;  // i_kv among the key heads of the batch entry
+  int i_m, first;
+  long long index;  // of the tile among all
+  long long row;    // of the head's first query among all
+  Lengths lengths;
+  int everyone, anyone;  // keys that each valid query sees, and that any does
+  float exponent;
+};
+
+template <int BLOCK_M>
+__device__ __forceinline__ QueryTile query_tile(const Params& params) {
+  QueryTile tile;
+  const int i_bh = blockIdx.x / params.n_tiles;
+  // The longest first, where the mask is causal.
+  tile.i_m = params.n_tiles - 1 - blockIdx.x % params.n_tiles;
+  tile.first = tile.i_m * BLOCK_M;
+  tile.i_b = i_bh / params.heads_q;
+  tile.i_h = i_bh % params.heads_q;
+  tile.i_kv = tile.i_h / (params.heads_q / params.heads_kv);
+  tile.index = static_cast<long long>(i_bh) * params.n_tiles + tile.i_m;
+  tile.row = static_cast<long long>(i_bh) * params.seqlen_q;
+  tile.lengths = lengths_of(params, tile.i_b);
+  const int last = min(tile.first + BLOCK_M, tile.lengths.q) - 1;
+  tile.everyone = tile.first < tile.lengths.q ? keys_seen(tile.first, tile.lengths, params.is_causal) : 0;
+  tile.anyone = tile.first < tile.lengths.q ? keys_seen(last, tile.lengths, params.is_causal) : 0;
+  tile.exponent = exponent_of(params, tile.i_h);
+  return tile;
+}
+
+template <class T>
+__device__ __forceinline__ const T* head_of(const void* base, long long i_b, long long stride_b, long long i_h,
+                                            long long stride_h) {
+  return static_cast<const T*>(base) + i_b * stride_b + i_h * stride_h;
+}
+
+// ---- tiles in shared memory: rows of D numbers in chunks of 16 bytes, each eight chunks permuted by the row, so that
+// the same chunk of eight rows lies in different banks
+
+template <class T>
+constexpr int PER_CHUNK = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int D>
+constexpr int CHUNKS = D / PER_CHUNK<T>;
+
+template <class T, int D, int ROWS>
+constexpr int TILE_BYTES = D * ROWS * static_cast<int>(sizeof(T));
+
+template <class T, int D>
+__device__ __forceinline__ int place_of(int row, int chunk) {
+  return ((row * CHUNKS<T, D> + row % 8) ^ (chunk % 8)) * PER_CHUNK<T> + chunk / 8 * 8 * PER_CHUNK<T>;
+}
+
+template <class T, int D>
+__device__ __forceinline__ T& element(T* tile, int row, int column) {
+  return tile[place_of<T, D>(row, column / PER_CHUNK<T>) + column % PER_CHUNK<T>];
+}
+
+// Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.
+template <class T, int D, int ROWS, int THREADS>
+__device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
+                                          int width, bool is_aligned) {
+  static_assert(THREADS % CHUNKS<T, D> == 0);
+  constexpr int STEP = THREADS / CHUNKS<T, D>;
+  // One address a thread; what is added to it is the same for all threads.
+  const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>, chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
+  const int column = chunk * PER_CHUNK<T>;
+  const T* from = base + first * stride + (row * stride + column);
+  auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
+  if (is_aligned) {
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) {
+      if (ROWS % STEP != 0 && i + row >= ROWS) break;
+      cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
+    }
+  } else {
+    // Rolled, because many loads under way would need as many registers.
+#pragma unroll 1
+    for (int i = 0; i < ROWS; i += STEP) {
+      if (ROWS % STEP != 0 && i + row >= ROWS) break;
+      T* to = tile + place_of<T, D>(row + i, chunk);
+#pragma unroll
+      for (int e = 0; e < PER_CHUNK<T>; e++)
+        to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
+    }
+  }
+}
+
+// The tile times the sign of the scale.
+template <class T, int D, int ROWS, int THREADS>
+__device__ __forceinline__ void apply_sign(T* tile, int sign) {
+  if (sign == 1) return;
+  for (int i = threadIdx.x; i < ROWS * D; i += THREADS) tile[i] = from_float<T>(to_float<T>(tile[i]) * sign);
+  __syncthreads();
+}
+
+// ---- threads of a row: a quad holds columns 8 i + 2 l and 8 i + 2 l + 1 of rows lane / 4 and lane / 4 + 8
+
+__device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
+
+__device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
+
+__device__ __forceinline__ float quad_sum(float value) {
+  value += shfl_xor(value, 1);
+  return value + shfl_xor(value, 2);
+}
+
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, shfl_xor(value, 1));
+  return fmaxf(value, shfl_xor(value, 2));
+}
+
+// Row of a tile that part i (of 2 * M_TILES) of this thread's numbers belongs to.
+template <int M_TILES>
+__device__ __forceinline__ int row_of(int i) {
+  return (warp_of() * M_TILES + i / 2) * 16 + i % 2 * 8 + lane_of() / 4;
+}
+
+// Column of element e of this thread in column tile n.
+__device__ __forceinline__ int column_of(int n, int e) { return n * 8 + lane_of() % 4 * 2 + e; }
+
+template <int M, int N>
+__device__ __forceinline__ void clear(float (&values)[M][N][4]) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) values[m][n][e] = 0;
+}
+
+// -inf where a query does not see a key; rows are queries from first_row on, columns keys.
+template <int M, int N>
+__device__ __forceinline__ void mask_scores(float (&s)[M][N][4], int first_row, int first_key, Lengths lengths,
+                                            bool is_causal) {
+#pragma unroll
+  for (int i = 0; i < 2 * M; i++) {
+    const int seen = keys_seen(first_row + row_of<M>(i), lengths, is_causal) - first_key;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (column_of(n, e) >= seen) s[i / 2][n][i % 2 * 2 + e] = -infinity();
+  }
+}
+
+// Of all threads; `scratch` has room for a number per warp.
+template <int WARPS>
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+  for (int mask = 16; mask > 0; mask /= 2) value = fmaxf(value, shfl_xor(value, mask));
+  __syncthreads();
+  if (lane_of() == 0) scratch[warp_of()] = value;
+  __syncthreads();
+  value = scratch[0];
+  for (int i = 1; i < WARPS; i++) value = fmaxf(value, scratch[i]);
+  return value;
+}
+
+template <int WARPS>
+__device__ __forceinline__ float block_sum(float value, float* scratch) {
+  for (int mask = 16; mask > 0; mask /= 2) value += shfl_xor(value, mask);
+  __syncthreads();
+  if (lane_of() == 0) scratch[warp_of()] = value;
+  __syncthreads();
+  value = 0;
+  for (int i = 0; i < WARPS; i++) value += scratch[i];
+  return value;
+}
+
+// ---- lists
+
+// Where this thread's entry goes if it is kept, after `count` others; count grows by all that are kept. The caller's
+// reads before are over, and its writes before are seen, when this returns.
+template <int WARPS>
+__device__ __forceinline__ int compact(bool is_kept, int& count, int* scratch) {
+  const unsigned kept = ballot(is_kept);
+  __syncthreads();
+  if (lane_of() == 0) scratch[warp_of()] = popcount(kept);
+  __syncthreads();
+  int place = count + popcount(kept & ((1u << lane_of()) - 1));
+  for (int i = 0; i < WARPS; i++) {
+    place += i < warp_of() ? scratch[i] : 0;
+    count += scratch[i];
+  }
+  return place;
+}
+
+__device__ __forceinline__ bool bit_of(const unsigned* words, int i) { return words[i / WORD] >> (i % WORD) & 1; }
+
+// Sets a bit if any thread of the warp asks for it.
+__device__ __forceinline__ void mark(unsigned* words, int i, bool is_set) {
+  if (any_sync(is_set) && lane_of() == 0) atomic_or(words + i / WORD, 1u << (i % WORD));
+}
+
+template <int THREADS, class V>
+__device__ __forceinline__ void fill(V* values, int n, V value) {
+  for (int i = threadIdx.x; i < n; i += THREADS) values[i] = value;
+}
+
+// The entries below n that are listed, in order, as many at a time as there is room for: process(count) takes them from
+// `list`, in shared memory, and returns with all threads having left it.
+constexpr int LIST_ENTRIES = 1024;
+
+template <int WARPS, class IsListed, class Process>
+__device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsListed&& is_listed, Process&& process) {
+  for (int first = 0; first < n;) {
+    int count = 0;
+    for (; first < n && count <= LIST_ENTRIES - 32 * WARPS; first += 32 * WARPS) {
+      const int entry = first + static_cast<int>(threadIdx.x);
+      const bool is_kept = entry < n && is_listed(entry);
+      const int at = compact<WARPS>(is_kept, count, scratch);
+      if (is_kept) list[at] = entry;
+    }
+    __syncthreads();
+    process(count);
+  }
+}
+
+// ---- the loop over blocks
+
+// load(i, stage) asks for what compute(i, stage) needs; STAGES - 1 loads are under way ahead of each compute. On return
+// no load is under way and all threads have left the buffers.
+template <int STAGES, class Load, class Compute>
+__device__ __forceinline__ void pipeline(int n, Load&& load, Compute&& compute) {
+  if constexpr (STAGES > 1) {
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) {
+      if (i < n) load(i, i);
+      cp_async_commit();
+    }
+  }
+  int stage = 0;
+#pragma unroll 1
+  for (int i = 0; i < n; i++) {
+    if constexpr (STAGES > 1) {
+      cp_async_wait<STAGES - 2>();
+      __syncthreads();
+      const int ahead = i + STAGES - 1;
+      if (ahead < n) load(ahead, stage == 0 ? STAGES - 1 : stage - 1);
+      cp_async_commit();
+    } else {
+      __syncthreads();
+      load(i, 0);
+      cp_async_commit();
+      cp_async_wait<0>();
+      __syncthreads();
+    }
+    compute(i, stage);
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+  cp_async_wait<0>();
+  __syncthreads();
+}

@@ -1,0 +1,210 @@
+// Refine and output over the listed blocks: tau, out, and for backward out1 = sum w v / sum w and which blocks are live.
+#include "products.cuh"
+
+// Newton steps are taken until the next one is expected to be below `target`. That one is applied to the output itself:
+// out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are multiplied at once; values wider
+// than DV are taken in parts.
+template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int N = KEYS / 8;
+  constexpr int NV = DV / 8;
+  constexpr int R = 2 * M;
+  constexpr int MAX_STEPS = 16;
+  constexpr bool IN_REGISTERS = false;
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* scratch = reinterpret_cast<float*>(smem);
+  T* q_tile = reinterpret_cast<T*>(smem + 128);
+  // Queries that went to registers leave their place to keys and values.
+  T* k_tiles = IN_REGISTERS ? q_tile : q_tile + BLOCK_M * D;
+  T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
+  float* staging = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV) + warp_of() * STAGING<M, N>;
+
+  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
+  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
+  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
+  const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
+  unsigned* words = params.words + tile.index * words_per_tile;
+  int* list = params.list + tile.index * params.n_blocks;
+  int count = params.counts[tile.index];
+  const int n_whole = tile.everyone / BLOCK_N;
+
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                    params.aligned_q);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  Fragments<T, D, M> fragments;
+  if constexpr (IN_REGISTERS) {
+    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+    __syncthreads();
+  }
+
+  float tau[R], f[R], g[R];
+  unsigned bad = 0;  // a bit for each of this thread's rows
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = tile.first + row_of<M>(i);
+    tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
+    if (tau[i] != tau[i]) {
+      bad |= 1u << i;
+      tau[i] = infinity();
+    }
+  }
+  const bool has_bad = block_max<WARPS>(bad != 0 ? 1.0f : 0.0f, scratch) > 0;
+
+  auto load_keys = [&](int i, int stage) {
+    load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
+                                      params.stride_kn, params.head_dim, params.aligned_k);
+  };
+  // p and w of KEYS keys of block j, from key `first` of the block on.
+  auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
+    const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
+    clear(p);
+    if constexpr (IN_REGISTERS) {
+      scores<T, D, M, N>(p, fragments, keys);
+    } else {
+      scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, keys);
+    }
+    if (j >= n_whole) mask_scores<M, N>(p, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
+#pragma unroll
+    for (int row = 0; row < R; row++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float u = fmaxf(p[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
+          powers<ALPHA>(u, r, p[row / 2][n][row % 2 * 2 + e], w[row / 2][n][row % 2 * 2 + e]);
+        }
+  };
+  // Adds to f and g; whether a row of this thread has support in the block.
+  auto add = [&](const float(&p)[M][N][4], const float(&w)[M][N][4]) {
+    bool has_support = false;
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+      float added = 0;
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        f[row] += p[row / 2][n][row % 2 * 2] + p[row / 2][n][row % 2 * 2 + 1];
+        added += w[row / 2][n][row % 2 * 2] + w[row / 2][n][row % 2 * 2 + 1];
+      }
+      g[row] += added;
+      has_support |= added > 0;
+    }
+    return has_support;
+  };
+  auto begin_pass = [&]() {
+#pragma unroll
+    for (int row = 0; row < R; row++) f[row] = g[row] = 0;
+    fill<THREADS>(words, words_per_tile, 0u);
+    __syncthreads();
+  };
+  auto end_pass = [&]() {
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+      f[row] = quad_sum(f[row]);
+      g[row] = quad_sum(g[row]);
+    }
+  };
+
+  // In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
+  const float tolerance =
+      exp2f(log2f(params.target) * fmaxf(0.5f, tile.exponent)) * fminf(2 * tile.exponent, 1.0f);
+  float largest = 2 * tolerance;
+  for (int step = 0; step < MAX_STEPS && largest > tolerance; step++) {
+    begin_pass();
+    pipeline<STAGES>(count, load_keys, [&](int i, int stage) {
+      const int j = list[i];
+      bool has_support = false;
+#pragma unroll 1
+      for (int first = 0; first < BLOCK_N; first += KEYS) {
+        float p[M][N][4], w[M][N][4];
+        weights(p, w, j, first, stage);
+        has_support |= add(p, w);
+      }
+      mark(words, i, has_support);
+    });
+    end_pass();
+    if (step == 0 && !has_bad) {
+      int n_kept = 0;
+      for (int first = 0; first < count; first += THREADS) {
+        const int i = first + static_cast<int>(threadIdx.x);
+        const bool is_kept = i < count && bit_of(words, i);
+        const int j = i < count ? list[i] : 0;
+        const int at = compact<WARPS>(is_kept, n_kept, reinterpret_cast<int*>(scratch));
+        if (is_kept) list[at] = j;
+      }
+      count = n_kept;
+      __syncthreads();
+    }
+    float relative = 0;
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+      const float change = newton_step<ALPHA>(f[row], g[row], r);
+      tau[row] += change;
+      relative = fmaxf(relative, f[row] > 0 ? change * g[row] / f[row] : 0.0f);
+    }
+    largest = block_max<WARPS>(relative, scratch);
+  }
+
+  for (int part = 0; part == 0 || part * DV < params.head_dim_v; part++) {
+    const int width = params.head_dim_v - part * DV;
+    float out[M][NV][4], out1[M][NV][4];
+    clear(out);
+    clear(out1);
+    begin_pass();
+    pipeline<STAGES>(
+        count,
+        [&](int i, int stage) {
+          load_keys(i, stage);
+          load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + part * DV, list[i] * BLOCK_N, 0,
+                                             tile.lengths.k, params.stride_vn, width, params.aligned_v);
+        },
+        [&](int i, int stage) {
+          const int j = list[i];
+          bool has_support = false;
+#pragma unroll 1
+          for (int first = 0; first < BLOCK_N; first += KEYS) {
+            float p[M][N][4], w[M][N][4];
+            weights(p, w, j, first, stage);
+            has_support |= add(p, w);
+            accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
+          }
+          mark(words, i, has_support);
+        });
+    end_pass();
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+      const int at = tile.first + row_of<M>(row);
+      const float nan = bad >> row & 1 ? not_a_number() : 0.0f;
+      const float change = newton_step<ALPHA>(f[row], g[row], r);
+      if (at >= params.seqlen_q) continue;
+      if (part == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change + nan;
+      const float w_sum = g[row] > 0 ? g[row] : 1.0f;
+      const long long start = (tile.row + at) * params.head_dim_v + part * DV;
+      T* to = static_cast<T*>(params.out) + start;
+      float* to1 = params.out1 + start;
+#pragma unroll
+      for (int n = 0; n < NV; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const int column = column_of(n, e);
+          if (column >= width) continue;
+          const float mean = out1[row / 2][n][row % 2 * 2 + e];
+          to[column] = from_float<T>(out[row / 2][n][row % 2 * 2 + e] - r * change * mean + nan);
+          if (params.out1) to1[column] = mean / w_sum + nan;
+        }
+    }
+  }
+  if (params.live) {
+    signed char* live = params.live + tile.index * params.n_blocks;
+    fill<THREADS, signed char>(live, params.n_blocks, 0);
+    __syncthreads();
+    for (int i = threadIdx.x; i < count; i += THREADS)
+      if (has_bad || bit_of(words, i)) live[list[i]] = 1;
+  }
+}

@@ -1,0 +1,234 @@
+// Products of tiles in shared memory, with their results in registers in the layout of mma.sync: element e of column
+// tile n of row tile m of a thread is row 16 m + lane / 4 + 8 (e / 2), column 8 n + 2 (lane % 4) + e % 2.
+//
+// Half precision takes the tensor cores; float32 takes multiply-adds on the same layout, so that all else is shared.
+#pragma once
+
+#include "common.cuh"
+
+// Rows of a tile as left operand: M_TILES times 16 rows by D, in registers.
+template <class T, int D, int M_TILES>
+struct Fragments {
+  unsigned r[M_TILES][D / 16][4];
+};
+
+template <class T>
+constexpr bool IS_HALF = sizeof(T) == 2;
+
+template <class T, int D>
+__device__ __forceinline__ void load_fragment(unsigned (&a)[4], const T* tile, int first_row, int step) {
+  const int lane = lane_of();
+  ldmatrix_x4(a, tile + place_of<T, D>(first_row + lane % 16, 2 * step + lane / 16));
+}
+
+template <class T, int D, int M_TILES>
+__device__ __forceinline__ void load_fragments(Fragments<T, D, M_TILES>& fragments, const T* tile, int first_row) {
+#pragma unroll
+  for (int m = 0; m < M_TILES; m++)
+#pragma unroll
+    for (int step = 0; step < D / 16; step++)
+      load_fragment<T, D>(fragments.r[m][step], tile, first_row + 16 * m, step);
+}
+
+template <class T, int M, int N>
+__device__ __forceinline__ void multiply(float (&acc)[M][N][4], const unsigned (&a)[M][4], const unsigned (&b)[4],
+                                         int n) {
+  const unsigned first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+#pragma unroll
+  for (int m = 0; m < M; m++) {
+    mma_m16n8k16<T>(acc[m][n], a[m], first);
+    mma_m16n8k16<T>(acc[m][n + 1], a[m], second);
+  }
+}
+
+// acc += a b^T, both with rows of D numbers; a in registers.
+template <class T, int D, int M, int N>
+__device__ __forceinline__ void scores(float (&acc)[M][N][4], const Fragments<T, D, M>& a, const T* b) {
+  const int lane = lane_of();
+#pragma unroll
+  for (int step = 0; step < D / 16; step++) {
+    unsigned fragment[M][4];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) fragment[m][e] = a.r[m][step][e];
+#pragma unroll
+    for (int n = 0; n < N; n += 2) {
+      unsigned keys[4];
+      ldmatrix_x4(keys, b + place_of<T, D>(8 * n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      multiply<T>(acc, fragment, keys, n);
+    }
+  }
+}
+
+// The same with rows from first_row on of a tile in shared memory.
+template <class T, int D, int M, int N>
+__device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int first_row, const T* b) {
+  const int lane = lane_of();
+  if constexpr (IS_HALF<T>) {
+#pragma unroll
+    for (int step = 0; step < D / 16; step++) {
+      unsigned fragment[M][4];
+#pragma unroll
+      for (int m = 0; m < M; m++) load_fragment<T, D>(fragment[m], a, first_row + 16 * m, step);
+#pragma unroll
+      for (int n = 0; n < N; n += 2) {
+        unsigned keys[4];
+        ldmatrix_x4(keys, b + place_of<T, D>(8 * n + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        multiply<T>(acc, fragment, keys, n);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int chunk = 0; chunk < CHUNKS<T, D>; chunk++) {
+      Vec4 rows[M][2];
+#pragma unroll
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+          rows[m][e] = *reinterpret_cast<const Vec4*>(
+              a + place_of<T, D>(first_row + 16 * m + 8 * e + lane / 4, chunk));
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const Vec4 key = *reinterpret_cast<const Vec4*>(b + place_of<T, D>(column_of(n, e), chunk));
+#pragma unroll
+          for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+              float& sum = acc[m][n][2 * i + e];
+              sum += rows[m][i].x * key.x;
+              sum += rows[m][i].y * key.y;
+              sum += rows[m][i].z * key.z;
+              sum += rows[m][i].w * key.w;
+            }
+        }
+    }
+  }
+}
+
+// Left operand from results: columns 16 step to 16 step + 15.
+template <class T, int M, int N>
+__device__ __forceinline__ void pack_fragments(unsigned (&a)[M][4], const float (&p)[M][N][4], int step) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      a[m][2 * i] = pack2<T>(p[m][2 * step + i][0], p[m][2 * step + i][1]);
+      a[m][2 * i + 1] = pack2<T>(p[m][2 * step + i][2], p[m][2 * step + i][3]);
+    }
+}
+
+// What packing rounded away.
+template <class T, int M, int N>
+__device__ __forceinline__ void pack_rest(unsigned (&rest)[M][4], const unsigned (&a)[M][4],
+                                          const float (&p)[M][N][4], int step) {
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float2 rounded = unpack2<T>(a[m][i]);
+      const int n = 2 * step + i / 2, e = i % 2 * 2;
+      rest[m][i] = pack2<T>(p[m][n][e] - rounded.x, p[m][n][e + 1] - rounded.y);
+    }
+}
+
+template <class T, int D>
+__device__ __forceinline__ void load_columns(unsigned (&b)[4], const T* tile, int step, int n) {
+  const int lane = lane_of();
+  ldmatrix_x4_trans(b, tile + place_of<T, D>(16 * step + lane % 16, n + lane / 16));
+}
+
+// Room that a warp needs to hand float32 results among its threads.
+template <int M, int N>
+constexpr int STAGING = M * 16 * (8 * N + 4);
+
+template <int M, int N>
+__device__ __forceinline__ void stage(float* staging, const float (&p)[M][N][4]) {
+  const int lane = lane_of();
+#pragma unroll
+  for (int m = 0; m < M; m++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        staging[(16 * m + lane / 4 + e / 2 * 8) * (8 * N + 4) + column_of(n, e % 2)] = p[m][n][e];
+  syncwarp();
+}
+
+template <int M, int N, int NV>
+__device__ __forceinline__ void multiply_staged(float (&acc)[M][NV][4], const float* staging, const float* b) {
+  const int lane = lane_of();
+#pragma unroll 2
+  for (int key = 0; key < 8 * N; key++) {
+    float p[M][2];
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) p[m][i] = staging[(16 * m + lane / 4 + 8 * i) * (8 * N + 4) + key];
+#pragma unroll
+    for (int n = 0; n < NV; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float value = b[place_of<float, 8 * NV>(key, column_of(n, e) / 4) + column_of(n, e) % 4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) acc[m][n][2 * i + e] += p[m][i] * value;
+      }
+  }
+  syncwarp();
+}
+
+// acc += p b, where b has a row of 8 NV numbers for each column of p.
+template <class T, int M, int N, int NV>
+__device__ __forceinline__ void accumulate(float (&acc)[M][NV][4], const float (&p)[M][N][4], const T* b,
+                                           float* staging) {
+  if constexpr (IS_HALF<T>) {
+#pragma unroll
+    for (int step = 0; step < N / 2; step++) {
+      unsigned a[M][4];
+      pack_fragments<T>(a, p, step);
+#pragma unroll
+      for (int n = 0; n < NV; n += 2) {
+        unsigned columns[4];
+        load_columns<T, 8 * NV>(columns, b, step, n);
+        multiply<T>(acc, a, columns, n);
+      }
+    }
+  } else {
+    stage(staging, p);
+    multiply_staged<M, N, NV>(acc, staging, b);
+  }
+}
+
+// out += p v and out1 += w v. w goes in two halves: delta hangs on out1, and an error in delta reaches all keys of a row
+// alike, so that it does not average out.
+template <class T, int M, int N, int NV>
+__device__ __forceinline__ void accumulate_both(float (&out)[M][NV][4], float (&out1)[M][NV][4],
+                                                const float (&p)[M][N][4], const float (&w)[M][N][4], const T* v,
+                                                float* staging) {
+  if constexpr (IS_HALF<T>) {
+#pragma unroll
+    for (int step = 0; step < N / 2; step++) {
+      unsigned a[M][4], high[M][4], low[M][4];
+      pack_fragments<T>(a, p, step);
+      pack_fragments<T>(high, w, step);
+      pack_rest<T>(low, high, w, step);
+#pragma unroll
+      for (int n = 0; n < NV; n += 2) {
+        unsigned columns[4];
+        load_columns<T, 8 * NV>(columns, v, step, n);
+        multiply<T>(out, a, columns, n);
+        multiply<T>(out1, high, columns, n);
+        multiply<T>(out1, low, columns, n);
+      }
+    }
+  } else {
+    stage(staging, p);
+    multiply_staged<M, N, NV>(out, staging, v);
+    stage(staging, w);
+    multiply_staged<M, N, NV>(out1, staging, v);
+  }
+}

@@ -1,0 +1,220 @@
+// Scan and init: all scores once, a lower bound of tau for each row, and the list of blocks above it.
+#include "products.cuh"
+
+// The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. One program of four warps each.
+template <class T>
+__global__ void __launch_bounds__(128) entmax_attn_check_keys(const Params params) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* scratch = reinterpret_cast<float*>(smem);
+  const int i_chunk = blockIdx.x % params.n_chunks, i_bh = blockIdx.x / params.n_chunks;
+  const int i_b = i_bh / params.heads_kv;
+  const int len_k = lengths_of(params, i_b).k;
+  const T* base = head_of<T>(params.k, i_b, params.stride_kb, i_bh % params.heads_kv, params.stride_kh);
+  // Rows are few enough for a float to count them from the chunk's start.
+  float first = KEYS_PER_CHECK;
+  for (int i = warp_of(); i < KEYS_PER_CHECK; i += 4) {
+    const int row = i_chunk * KEYS_PER_CHECK + i;
+    bool is_bad = false;
+    if (row < len_k) {
+      const T* key = base + row * params.stride_kn;
+      for (int column = lane_of(); column < params.head_dim; column += 32) {
+        const float x = to_float<T>(key[column]);
+        // 0 for a finite x, NaN for all others.
+        is_bad |= x - x != 0;
+      }
+    }
+    if (is_bad) first = fminf(first, static_cast<float>(i));
+  }
+  first = -block_max<4>(-first, scratch);
+  if (threadIdx.x == 0) {
+    params.first_bad[blockIdx.x] =
+        first < KEYS_PER_CHECK ? i_chunk * KEYS_PER_CHECK + static_cast<int>(first) : params.seqlen_k;
+  }
+}
+
+// How many maxima of groups of keys a thread keeps for each of its rows, and after how many blocks the bound is raised.
+constexpr int KEPT = 4;
+constexpr int BOUND_EVERY = 4;
+
+// One Newton step towards tau of the kept maxima, a subset of the scores: a lower bound of tau.
+template <int ALPHA>
+__device__ __forceinline__ float raise_by_maxima(float tau, const float (&kept)[KEPT], float c, float r) {
+  float f = 0, g = 0;
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) {
+    float p, w;
+    powers<ALPHA>(fmaxf(kept[i] * c - tau, 0.0f), r, p, w);
+    f += p;
+    g += w;
+  }
+  return tau + fmaxf(newton_step<ALPHA>(quad_sum(f), quad_sum(g), r), 0.0f);
+}
+
+// tau of the histogram of a row's kept maxima on [max z - 1, max z], which count at the lower edges of their bins: a
+// lower bound of tau. `bins` are the row's own.
+template <int ALPHA>
+__device__ __forceinline__ float bound_by_histogram(int* bins, const float (&kept)[KEPT], float c, float r) {
+  const float low = quad_max(kept[0]) * c - 1;
+#pragma unroll
+  for (int i = 0; i < BINS / 4; i++) bins[lane_of() % 4 * (BINS / 4) + i] = 0;
+  syncwarp();
+#pragma unroll
+  for (int i = 0; i < KEPT; i++) {
+    const float at = kept[i] * c - low;
+    if (at >= 0) atomic_add(bins + min(static_cast<int>(at * BINS), BINS - 1), 1);
+  }
+  syncwarp();
+  float shift = 0;
+  for (int step = 0; step < INIT_STEPS + 2; step++) {
+    float f = 0, g = 0;
+#pragma unroll
+    for (int i = 0; i < BINS / 4; i++) {
+      const int bin = lane_of() % 4 * (BINS / 4) + i;
+      float p, w;
+      powers<ALPHA>(fmaxf(static_cast<float>(bin) / BINS - shift, 0.0f), r, p, w);
+      f += bins[bin] * p;
+      g += bins[bin] * w;
+    }
+    shift += fmaxf(newton_step<ALPHA>(quad_sum(f), quad_sum(g), r), 0.0f);
+  }
+  return low + shift;
+}
+
+// Of each row the KEPT largest maxima of each of four interleaved sets of keys stay in registers. tau of that subset of
+// the scores, raised on the way, is the bound that later blocks must pass.
+template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, int WARPS, int STAGES, int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const Params params) {
+  constexpr int THREADS = 32 * WARPS;
+  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int N = BLOCK_N / 8;
+  constexpr int R = 2 * M;
+  constexpr bool IN_REGISTERS = IS_HALF<T> && D <= 128;
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* scratch = reinterpret_cast<float*>(smem);
+  T* q_tile = reinterpret_cast<T*>(smem + 128);
+  // Queries that went to registers leave their place to the keys.
+  T* k_tiles = IN_REGISTERS ? q_tile : q_tile + BLOCK_M * D;
+
+  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
+  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
+  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const long long words_per_tile = (params.n_blocks + WORD - 1) / WORD;
+  unsigned* words = params.words + tile.index * words_per_tile;
+  int* list = params.list + tile.index * params.n_blocks;
+
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                    params.aligned_q);
+  cp_async_commit();
+  fill<THREADS>(words, static_cast<int>(words_per_tile), 0u);
+  const int* first_bad_of = params.first_bad + static_cast<long long>(tile.i_b * params.heads_kv + tile.i_kv) *
+                                                   params.n_chunks;
+  int first_bad = params.seqlen_k;
+  for (int i = 0; i < params.n_chunks; i += 32) {
+    if (i + lane_of() < params.n_chunks) first_bad = min(first_bad, first_bad_of[i + lane_of()]);
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) first_bad = min(first_bad, shfl_xor(first_bad, mask));
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+
+  float tau[R], kept[R][KEPT];
+  unsigned bad = 0;  // a bit for each of this thread's rows
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = row_of<M>(i);
+    const int seen = keys_seen(tile.first + row, tile.lengths, params.is_causal);
+    float rest = 0;
+    for (int n = 0; n < D / 8; n++)
+      for (int e = 0; e < 2; e++) {
+        const float x = to_float<T>(element<T, D>(q_tile, row, column_of(n, e)));
+        rest += x - x;
+      }
+    rest = quad_sum(rest);
+    if (seen > 0 && (seen > first_bad || rest != 0)) bad |= 1u << i;
+    // Rows without keys take no part: nothing is above +inf.
+    tau[i] = seen > 0 ? -infinity() : infinity();
+#pragma unroll
+    for (int j = 0; j < KEPT; j++) kept[i][j] = -infinity();
+  }
+  Fragments<T, D, M> fragments;
+  if constexpr (IN_REGISTERS) {
+    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+    __syncthreads();
+  }
+
+  // The blocks that hold the diagonal, or the end of the keys, first: where attention is local, they give the bound.
+  const int n_whole = tile.everyone / BLOCK_N;
+  const int n_seen = (tile.anyone + BLOCK_N - 1) / BLOCK_N;
+  const int n_masked = n_seen - n_whole;
+  const int nearest = params.is_causal ? n_whole - 1 : min(tile.first / BLOCK_N, n_whole - 1);
+  auto block_of = [&](int i) {
+    if (i < n_masked) return n_whole + i;
+    const int j = nearest - (i - n_masked);
+    return j < 0 ? j + n_whole : j;
+  };
+  pipeline<STAGES>(
+      n_seen,
+      [&](int i, int stage) {
+        load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, block_of(i) * BLOCK_N, 0, tile.lengths.k,
+                                          params.stride_kn, params.head_dim, params.aligned_k);
+      },
+      [&](int i, int stage) {
+        const int j = block_of(i);
+        float s[M][N][4];
+        clear(s);
+        if constexpr (IN_REGISTERS) {
+          scores<T, D, M, N>(s, fragments, k_tiles + stage * BLOCK_N * D);
+        } else {
+          scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + stage * BLOCK_N * D);
+        }
+        if (i < n_masked) mask_scores<M, N>(s, tile.first, j * BLOCK_N, tile.lengths, params.is_causal);
+        bool is_above = false;
+#pragma unroll
+        for (int row = 0; row < R; row++) {
+          float largest = -infinity();
+#pragma unroll
+          for (int n = 0; n < N; n++)
+            largest = fmaxf(largest, fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
+          is_above |= largest * c > tau[row];
+#pragma unroll
+          for (int place = 0; place < KEPT; place++) {
+            const float smaller = fminf(kept[row][place], largest);
+            kept[row][place] = fmaxf(kept[row][place], largest);
+            largest = smaller;
+          }
+        }
+        mark(words, j, is_above);
+        if (i % BOUND_EVERY == 0 || i < n_masked || i == n_seen - 1) {
+#pragma unroll
+          for (int row = 0; row < R; row++) {
+            tau[row] = fmaxf(tau[row], quad_max(kept[row][0]) * c - 1);
+            tau[row] = raise_by_maxima<ALPHA>(tau[row], kept[row], c, r);
+          }
+        }
+      });
+
+  int* bins = reinterpret_cast<int*>(smem + 128);
+#pragma unroll
+  for (int i = 0; i < R; i++) {
+    const int row = row_of<M>(i);
+    if constexpr (HISTOGRAM) {
+      tau[i] = bound_by_histogram<ALPHA>(bins + row * BINS, kept[i], c, r);
+    } else {
+      for (int step = 0; step < INIT_STEPS; step++) tau[i] = raise_by_maxima<ALPHA>(tau[i], kept[i], c, r);
+    }
+    if (keys_seen(tile.first + row, tile.lengths, params.is_causal) == 0) tau[i] = infinity();
+    if (bad >> i & 1) tau[i] = not_a_number();
+    if (lane_of() % 4 == 0 && tile.first + row < params.seqlen_q) params.tau[tile.row + tile.first + row] = tau[i];
+  }
+  const bool has_bad = block_max<WARPS>(bad != 0 ? 1.0f : 0.0f, scratch) > 0;
+  int count = 0;
+  for (int first = 0; first < n_seen; first += THREADS) {
+    const int j = first + static_cast<int>(threadIdx.x);
+    const bool is_listed = j < n_seen && (has_bad || bit_of(words, j));
+    const int at = compact<WARPS>(is_listed, count, reinterpret_cast<int*>(scratch));
+    if (is_listed) list[at] = j;
+  }
+  if (threadIdx.x == 0) params.counts[tile.index] = count;
+}
