@@ -77,7 +77,7 @@ def register(alpha: float = 1.5, backend: str = DEFAULT_BACKEND, name: str = "ad
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(backends)}")
     if not isinstance(name, str):
         raise TypeError(f"name={name!r}: expected a string")
-    known = AttentionInterface._global_mapping.get(name)
+    known: object = AttentionInterface._global_mapping.get(name)
     is_ours = isinstance(known, partial) and known.func is _attention
     # transformers looks for these inside a name.
     is_special = any(part in name for part in ("eager", "sdpa", "flash", "flex_attention", "/", "|"))
@@ -120,7 +120,7 @@ def _mask(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | Mask | None = None,
     local_size: int | None = None,
     allow_is_bidirectional_skip: bool | None = None,
@@ -131,9 +131,9 @@ def _mask(
     """The mask function; its arguments are those of transformers' ``sdpa_mask``.
 
     Positions count from the start of the padded sequence: queries lie at q_offset and after, keys at kv_offset and
-    after. A static cache has keys past the last query, not written yet. In a causal mask the queries are among the keys,
-    so the valid queries are the last valid keys up to the last query, in their order, wherever padding lies; with the
-    valid ones in front, that is the alignment of ``adasplash2.attention``.
+    after. A static cache has keys past the last query, not written yet. In a causal mask the queries are among the
+    keys. So wherever padding lies, the valid queries are the last of the valid keys up to the last query, in one order;
+    with the valid ones in front, this is the alignment of ``adasplash2.attention``.
     """
     if isinstance(attention_mask, Mask):
         return attention_mask
@@ -297,16 +297,16 @@ def _unmasked(
     return Mask(bool(is_causal), seqlen_q, seqlen_k)
 
 
-def _alpha(module: nn.Module, query: Tensor, default: float) -> float | Tensor:
-    """α of an attention layer, as ``register`` tells it."""
-    alpha: Any = getattr(module, "entmax_alpha", None)
+def _alpha(module: nn.Module, query: Tensor, default: float) -> Any:
+    """α of an attention layer, as ``register`` tells it: a number or a tensor."""
+    alpha = getattr(module, "entmax_alpha", None)
     if alpha is None:
         alpha = getattr(getattr(module, "config", None), "entmax_alpha", None)
     if alpha is None:
         return default
     if not isinstance(alpha, (list, tuple)):
         return alpha  # checked by adasplash2.attention
-    row: Any = alpha
+    row = alpha
     if all(isinstance(entry, (list, tuple)) for entry in alpha):
         layer = getattr(module, "layer_idx", None)
         if layer is None or layer >= len(alpha):
@@ -315,7 +315,7 @@ def _alpha(module: nn.Module, query: Tensor, default: float) -> float | Tensor:
         row = alpha[layer]
     heads = query.shape[1]
     if len(row) not in (1, heads) or not all(isinstance(entry, (float, int)) and 1 <= entry <= 2 for entry in row):
-        raise ValueError(f"entmax_alpha={alpha!r}: expected, for each layer, one number in [1, 2] or {heads}, one per head")
+        raise ValueError(f"entmax_alpha={alpha!r}: expected per layer one number in [1, 2], or {heads}, one per head")
     if len(row) == 1:
         return float(row[0])
     return torch.tensor(row, dtype=torch.float64, device=query.device)
@@ -328,6 +328,6 @@ def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
 def _bad_mask(mask: object) -> ValueError:
     what = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
     return ValueError(
-        f"attention_mask is {what}: expected (batch, seqlen_k), 1 for tokens and 0 for padding; any other mask cannot be "
-        "expressed"
+        f"attention_mask is {what}: expected (batch, seqlen_k), 1 for tokens and 0 for padding; entmax attention takes "
+        "no other"
     )
