@@ -1,4 +1,4 @@
-"""Turns results into the tables of README.md (between the benchmarks markers) and the plots that they show.
+"""Turns results into tables, between the markers of README.md and of pages in docs/, and into the plots that they show.
 
 python benchmarks/report.py                      the newest complete results of each machine
 python benchmarks/report.py RESULTS.json --stdout
@@ -22,12 +22,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-__all__ = ["Results", "main", "markdown", "plots"]
+__all__ = ["ROOT", "Results", "fill", "main", "markdown", "markdown_table", "plots", "summary"]
 
 Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+PAGES = ("README.md", "docs/performance.md", "docs/gpu.md")
+PLOTS = "docs/plots"
 
 # The first of these that was timed at a case stands for the package there.
 OURS = ("triton", "cupy", "numba")
@@ -39,9 +41,20 @@ KINDS = {
     "wide": "iid, std 3.5",
     "drifting": "drifting clusters",
 }
+PEERS = {"cudnn": "cuDNN", "adasplash": "adasplash 0.2.2", "triton": "adasplash2 triton", "cupy": "adasplash2 cupy"}
+# head_dim, keys, heads: share of make_inputs("topics") to the goal for forward + backward on an H200, in units of
+# FlashAttention-2's time.
+GOALS = {
+    (64, 8192, 16): {0.5: 0.45, 0.25: 0.40, 0.1: 0.33},
+    (64, 32768, 16): {0.25: 0.23, 0.1: 0.21},
+    (128, 8192, 16): {0.5: 0.55, 0.25: 0.42, 0.1: 0.33},
+    (128, 16384, 16): {0.5: 0.45, 0.25: 0.37, 0.1: 0.28},
+    (64, 131072, 4): {0.25: 0.18},
+}
 # Okabe and Ito's colours, apart for colour-blind eyes too.
 COLOURS = dict(zip(KINDS, ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"), strict=True))
 MODES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
+DATE = r"-\d{4}-\d{2}-\d{2}"
 INK = "#333333"
 DASHED = (0, (4, 3))
 TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold", "color": INK}
@@ -88,8 +101,9 @@ class Results:
         return self.rows.get((case["name"], ours["against"], mode)) if ours and "against" in ours else None
 
 
-def _markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    made = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
+def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], align: str = "---:") -> str:
+    """A table in Markdown; ``align`` is the rule under every column but the first."""
+    made = [header, ["---"] + [align] * (len(header) - 1), *lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in made)
 
 
@@ -136,7 +150,7 @@ def _speed_by_length(results: Results) -> str:
         return f"{speed} ({_share(case['support']['elements'])})"
 
     lines = ([label, *(cell(kind, seqlen) for seqlen in lengths)] for kind, label in KINDS.items())
-    return _markdown_table(["inputs", *map(str, lengths)], (line for line in lines if any(line[1:])))
+    return markdown_table(["inputs", *map(str, lengths)], (line for line in lines if any(line[1:])))
 
 
 def _case_table(results: Results, cases: Iterable[Row]) -> str:
@@ -152,7 +166,7 @@ def _case_table(results: Results, cases: Iterable[Row]) -> str:
             line += [_ms(theirs), _ms(ours), _times_with_spread(ours), _mb(theirs), _mb(ours)]
         if any(line[4:]):
             lines.append(line)
-    return _markdown_table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _describe(case: Row) -> str:
@@ -177,7 +191,7 @@ def _provider_table(results: Results, case: Row) -> str:
         own = [results.rows.get((case["name"], provider, mode)) for mode in MODES]
         label = next(row["label"] for row in own if row)
         lines.append([label, *(cell for row in own for cell in (_ms(row), _times(row), _mb(row)))])
-    return _markdown_table(header, lines)
+    return markdown_table(header, lines)
 
 
 def _histogram_table(results: Results) -> str:
@@ -188,7 +202,7 @@ def _histogram_table(results: Results) -> str:
         if all(own):
             lines.append([_describe(case), *map(_ms, own)])
     header = ["case", *(f"{label}: {init}, ms" for label in MODES.values() for init in ("maxima", "histogram"))]
-    return _markdown_table(header, lines) if lines else ""
+    return markdown_table(header, lines) if lines else ""
 
 
 def _initialisation_table(rows: list[Row], cell: Callable[[Row], str]) -> str:
@@ -196,18 +210,24 @@ def _initialisation_table(rows: list[Row], cell: Callable[[Row], str]) -> str:
     labels = dict.fromkeys(row["initialisation"] for row in rows)
     found = {(row["initialisation"], row["inputs"]): row for row in rows}
     lines = ([label, *(cell(found[label, name]) for name in inputs)] for label in labels)
-    return _markdown_table(["initialisation", *inputs], lines)
+    return markdown_table(["initialisation", *inputs], lines)
 
 
 def _details(title: str, body: str) -> str:
-    return f"<details><summary>{title}</summary>\n\n{body}\n\n</details>"
+    # markdown="1": the documentation's Markdown leaves what is in HTML alone unless told.
+    return f'<details markdown="1"><summary>{title}</summary>\n\n{body}\n\n</details>'
+
+
+def _device(results: Results) -> str:
+    stamp = results.stamp
+    return f"{stamp['info']['cpu']}, {stamp['threads']} threads" if stamp["device"] == "cpu" else str(stamp["device"])
 
 
 def _machine(results: Results) -> str:
     stamp, info = results.stamp, results.stamp["info"]
-    device = stamp["device"]
-    if device == "cpu":
-        device = f"{info['cpu']} ({info['cpu features']}), {stamp['threads']} threads"
+    device = _device(results)
+    if stamp["device"] == "cpu":
+        device += f" ({info['cpu features']})"
     compiler = "numba" if stamp["device"] == "cpu" else "triton"
     versions = ", ".join(f"{name} {info[name]}" for name in ("torch", compiler, "python"))
     changes = " with changes" if stamp["uncommitted_changes"] else ""
@@ -222,13 +242,17 @@ def _share_of_time(row: Row | None) -> str:
     return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
+def _peers(results: Results) -> dict[str, str]:
+    """Name and label of everyone who was timed on a GPU beside FlashAttention-2."""
+    timed = {provider for _, provider, _ in results.rows}
+    return {name: label for name, label in PEERS.items() if name in timed}
+
+
 def _gpu_table(results: Results) -> str:
     """Every case in units of FlashAttention-2's time."""
-    labels = {"cudnn": "cuDNN", "adasplash": "adasplash 0.2.2", "triton": "adasplash2"}
-    timed = {provider for _, provider, _ in results.rows}
-    peers = [name for name in labels if name in timed]
+    peers = _peers(results)
     header = ["case", "blocks"]
-    header += [f"{mode}: {name}" for mode in MODES.values() for name in ("fa2 ms", *(labels[peer] for peer in peers))]
+    header += [f"{mode}: {name}" for mode in MODES.values() for name in ("fa2 ms", *peers.values())]
     lines = []
     for case in results.cases:
         if case["op"] != "attention":
@@ -238,7 +262,52 @@ def _gpu_table(results: Results) -> str:
             line.append(_ms(results.rows.get((case["name"], "fa2", mode))))
             line += [_share_of_time(results.rows.get((case["name"], peer, mode))) for peer in peers]
         lines.append(line)
-    return _markdown_table(header, lines)
+    return markdown_table(header, lines)
+
+
+def _gpu_summary(results: Results) -> str:
+    """The usual inputs at each shape, forward / forward + backward, without the spread."""
+    peers = _peers(results)
+
+    def cell(case: Row, peer: str) -> str:
+        rows = (results.rows.get((case["name"], peer, mode)) for mode in MODES)
+        return " / ".join(_ratio(1 / row["speedup"][0]) if row and "speedup" in row else "-" for row in rows)
+
+    lines = (
+        [_describe(case), _share(case["support"]["blocks"]), *(cell(case, peer) for peer in peers)]
+        for case in results.cases
+        if _is_plain_topics(case) and case["share"] == 0.25
+    )
+    return markdown_table(["inputs", "blocks", *peers.values()], lines)
+
+
+def _is_plain_topics(case: Row) -> bool:
+    return bool(case["kind"] == "topics" and case["alpha"] == 1.5 and case["is_causal"] and case["dtype"] == "bf16")
+
+
+def _goals_table(results: Results) -> str:
+    """What forward + backward was meant to take, and what it took, at each shape that was timed."""
+    lines = []
+    for (head_dim, seqlen, heads), goals in GOALS.items():
+        cases = {
+            case["share"]: case
+            for case in results.cases
+            if _is_plain_topics(case)
+            and (case["head_dim"], case["seqlen"], case["heads"]) == (head_dim, seqlen, heads)
+            and case["share"] in goals
+        }
+        rows = {share: results.ours(case, "fwd_bwd") for share, case in cases.items()}
+        measured = {share: 1 / row["speedup"][0] for share, row in rows.items() if row and "speedup" in row}
+        if measured:
+            lines.append(
+                [
+                    f"{head_dim}, {seqlen}, {heads}",
+                    " / ".join(_share(cases[share]["support"]["blocks"]) for share in measured),
+                    " / ".join(_ratio(goals[share]) for share in measured),
+                    " / ".join(map(_ratio, measured.values())),
+                ]
+            )
+    return markdown_table(["head_dim, keys, heads", "blocks", "goal", "measured"], lines) if len(lines) > 1 else ""
 
 
 def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
@@ -295,7 +364,7 @@ def _sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
         )
     if results.first_calls:
         yield "Seconds in a fresh process, forward + backward, with the compile cache empty (cold) or filled (warm):"
-        yield _markdown_table(
+        yield markdown_table(
             ["", "import", "first call", "second call"],
             ([state, *map(_digits, seconds.values())] for state, seconds in results.first_calls.items()),
         )
@@ -309,6 +378,40 @@ def markdown(results: Results, images: Mapping[str, str]) -> str:
         images: alternative text to address, shown below the first table.
     """
     return "\n\n".join(_sections(results, images))
+
+
+def summary(results: Results, images: Mapping[str, str]) -> str:
+    """The report on one machine in one table and one plot; arguments as for ``markdown``."""
+    table = _speed_by_length(results) if results.stamp["device"] == "cpu" else _gpu_summary(results)
+    image = next((f"![{name}]({image})" for name, image in images.items()), "")
+    return f"{table}\n\n{image}".strip()
+
+
+def _about(results: Results) -> str:
+    """How the tables of a summary are read."""
+    if results.stamp["device"] == "cpu":
+        return (
+            "how many times as fast as torch's softmax attention in the same run, forward / forward + backward, by "
+            "sequence length (causal, float32, head_dim 64, 8 heads). In brackets the share of the visible weights "
+            "that are not zero."
+        )
+    return (
+        "time in units of FlashAttention-2's in the same run, forward / forward + backward: less is better (causal, "
+        "bfloat16, head_dim 64 and 16 heads unless said). `blocks` is the share of the visible 128 x 64 blocks that "
+        "hold a weight. Every table is one run."
+    )
+
+
+def _joined(found: Sequence[Results], texts: Iterable[str], title: Callable[[Results], str]) -> str:
+    """The reports on all machines, with a title where the device changes."""
+    parts = []
+    device = ""
+    for results, text in zip(found, texts, strict=True):
+        if _device(results) != device:
+            device = _device(results)
+            parts.append(title(results))
+        parts.append(text)
+    return "\n\n".join(parts)
 
 
 def _style(axes: Axes, title: str) -> None:
@@ -427,8 +530,12 @@ def _blocks_plot(results: Results) -> Figure:
     return figure
 
 
-def plots(results: Results) -> dict[str, Path]:
-    """Draw the plots beside the results file; only those that the results have data for.
+def plots(results: Results, folder: Path | None = None) -> dict[str, Path]:
+    """Draw the plots of a machine; only those that the results have data for.
+
+    Args:
+        results: of that machine.
+        folder: where the images go; beside the results by default.
 
     Returns:
         What each shows, and where it is.
@@ -437,35 +544,42 @@ def plots(results: Results) -> dict[str, Path]:
     shown = {"Speed over length": _speed_plot, "Time over sparsity": _sparsity_plot}
     if results.stamp["device"] != "cpu":
         shown = {"Time over blocks": _blocks_plot}
+    # Without the date, so that new results take the place of old ones.
+    stem = re.sub(DATE, "", results.path.stem)
     with matplotlib.rc_context({"font.size": 10, "font.family": "DejaVu Sans"}):
         for title, draw in shown.items():
             figure = draw(results)
             if any(axes.lines for axes in figure.axes):
-                made[title] = results.path.with_name(f"{results.path.stem}-{title.split()[-1]}.png")
+                made[title] = (folder or results.path.parent) / f"{stem}-{title.split()[-1]}.png"
                 figure.savefig(made[title], dpi=110, facecolor="white")
     return made
 
 
 def newest_complete(folder: Path) -> list[Path]:
-    """The last results file of each machine, without those of partial runs."""
+    """The last results file of each machine, without those of partial runs and files of another kind."""
     newest: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if found := re.fullmatch(r"(.+)-\d{4}-\d{2}-\d{2}", path.stem):
+        if (found := re.fullmatch(rf"(.+){DATE}", path.stem)) and "rows" in json.loads(path.read_text()):
             newest[found[1]] = path
     return list(newest.values())
 
 
-def write_between_markers(readme: Path, text: str) -> None:
-    """Replace what stands between the markers.
+def fill(page: Path, parts: Mapping[str, str]) -> None:
+    """Replace what stands between the markers ``NAME:begin`` and ``NAME:end`` of a page; unnamed parts stay.
 
     Raises:
-        ValueError: if the file does not have one pair of them.
+        ValueError: if the page has no markers, or one without its partner.
     """
-    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", readme.read_text())
-    if [parts[i] for i in range(1, len(parts), 2)] != [BEGIN, END]:
-        raise ValueError(f"{readme}: expected one line {BEGIN} and after it one line {END}")
-    parts[2] = f"\n{text}\n"
-    readme.write_text("".join(parts))
+    pieces = re.split(r"(<!-- [a-z]+:(?:begin|end) -->)", page.read_text())
+    if len(pieces) == 1:
+        raise ValueError(f"{page}: expected markers, one line {BEGIN} and after it one line {END}")
+    for i in range(1, len(pieces), 4):
+        name = pieces[i].removeprefix("<!-- ").partition(":")[0]
+        if pieces[i : i + 4 : 2] != [f"<!-- {name}:begin -->", f"<!-- {name}:end -->"]:
+            raise ValueError(f"{page}: {pieces[i]}: expected <!-- {name}:begin --> and after it <!-- {name}:end -->")
+        if name in parts:
+            pieces[i + 1] = f"\n{parts[name]}\n"
+    page.write_text("".join(pieces))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -473,23 +587,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, help="the newest of each machine by default")
     parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", help="README.md of this repository by default"
+        "--readme",
+        type=Path,
+        default=ROOT / "README.md",
+        help="README.md of this repository by default; the pages in docs/ beside it are filled too",
     )
-    parser.add_argument("--stdout", action="store_true", help="print the tables and leave the README alone")
+    parser.add_argument("--stdout", action="store_true", help="print the tables and leave the pages alone")
     options = parser.parse_args(argv)
     paths = options.results or newest_complete(ROOT / "benchmarks" / "results")
     if not paths:
         parser.error("no results in benchmarks/results/: run benchmarks/run.py first")
-    reports = []
-    for results in map(Results.load, paths):
-        images = {title: os.path.relpath(image, options.readme.parent) for title, image in plots(results).items()}
-        reports.append(markdown(results, images))
-    text = "\n\n".join(reports)
+    found = [Results.load(path) for path in paths]
     if options.stdout:
-        print(text)
-    else:
-        write_between_markers(options.readme, text)
-        print(f"written: {options.readme}")
+        print("\n\n".join(markdown(results, {}) for results in found))
+        return
+    root = options.readme.parent
+    (root / PLOTS).mkdir(parents=True, exist_ok=True)
+    drawn = [plots(results, root / PLOTS) for results in found]
+    for page in (root / name for name in PAGES):
+        if page.exists():
+            images = [
+                {title: Path(os.path.relpath(image, page.parent)).as_posix() for title, image in own.items()}
+                for own in drawn
+            ]
+            fill(
+                page,
+                {
+                    "benchmarks": _joined(found, map(markdown, found, images), lambda own: f"### {_device(own)}"),
+                    "summary": _joined(
+                        found, map(summary, found, images), lambda own: f"**{_device(own)}**: {_about(own)}"
+                    ),
+                    "goals": "\n\n".join(filter(None, map(_goals_table, found))),
+                },
+            )
+            print(f"written: {page}")
 
 
 if __name__ == "__main__":
