@@ -39,6 +39,14 @@ std::vector<Shadow> shared;
 // Constants and variables of the kernels' library.
 std::vector<Region> statics;
 
+// A store in a race with another store, and what was there: harmless where it writes the same.
+struct Suspect {
+    const unsigned char* address;
+    unsigned char value;
+    std::string message;
+};
+std::vector<Suspect> suspects;
+
 // Tensors may overlap; a byte has one shadow.
 std::vector<Memory> merged(std::vector<Region> regions) {
     std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
@@ -75,19 +83,23 @@ bool is_seen(const Event& event, const Fiber& self) {
     abandon(what + ": " + describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from}));
 }
 
-[[noreturn]] void report_race(const Event& other, const char* did, Access access, const void* address, const void* from) {
+std::string race(const Event& other, const char* did, Access access, const void* address, const void* from) {
     std::string who = format("thread %d of block %d", other.thread, other.block);
-    abandon(std::string("race: ") + (access == Access::read ? "read" : "written") + " without a barrier after " + who +
+    return std::string("race: ") + (access == Access::read ? "read" : "written") + " without a barrier after " + who +
             " has " + did + " it at " + to_string({{"", 0}, other.from}) + ": " + describe_address(address) + "; " +
-            where() + " at " + to_string({{"", 0}, from}));
+            where() + " at " + to_string({{"", 0}, from});
 }
 
 void touch(Shadow& shadow, Access access, const void* address, const void* from) {
     const Fiber& self = running();
     bool is_atomic = access == Access::atomic;
     if (shadow.is_pending) fail("touched while a cp.async to it is under way", address, from);
-    if (!is_seen(shadow.written, self) && !(is_atomic && shadow.written.is_atomic))
-        report_race(shadow.written, "written", access, address, from);
+    if (!is_seen(shadow.written, self) && !(is_atomic && shadow.written.is_atomic)) {
+        std::string message = race(shadow.written, "written", access, address, from);
+        if (access != Access::write) abandon(message);
+        auto* byte = static_cast<const unsigned char*>(address);
+        suspects.push_back({byte, *byte, message});
+    }
     Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number], from};
     if (access == Access::read) {
         // The first reader and the last one stand for all.
@@ -95,7 +107,7 @@ void touch(Shadow& shadow, Access access, const void* address, const void* from)
         return;
     }
     for (const Event& read : shadow.read)
-        if (!is_seen(read, self)) report_race(read, "read", access, address, from);
+        if (!is_seen(read, self)) abandon(race(read, "read", access, address, from));
     shadow = {event, {}, false};
 }
 
@@ -116,7 +128,10 @@ void check_launch() {
         nullptr);
 }
 
-void end_launch_checks() { tensors.clear(); }
+void end_launch_checks() {
+    tensors.clear();
+    suspects.clear();
+}
 
 void check_block() {
     shared.assign(std::size_t(launch->shared_bytes), {});
@@ -156,9 +171,19 @@ void end_copy(const Copy& copy) {
     }
 }
 
+std::string settle_suspects() {
+    std::string message;
+    for (const Suspect& suspect : suspects)
+        if (*suspect.address != suspect.value) message = suspect.message;
+    suspects.clear();
+    return message;
+}
+
 void check_access(const void* address, int64_t bytes, Access access, const void* from) {
-    // No launch: the library is being loaded.
-    if (!launch || is_stack(address)) return;
+    if (!launch) return;  // the library is being loaded
+    if (!suspects.empty())
+        if (std::string message = settle_suspects(); !message.empty()) abandon(message);
+    if (is_stack(address)) return;
     if (Shadow* shadow = shadow_of(address, bytes)) {
         for (int64_t i = 0; i < bytes; ++i) touch(shadow[i], access, static_cast<const char*>(address) + i, from);
         return;

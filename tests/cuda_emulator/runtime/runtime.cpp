@@ -282,6 +282,8 @@ void run_block() {
     switch_to(next_thread(n_warps - 1, 31));
     if (!has_failed && n_ended < n_threads) report_standstill();
     check_canaries();
+    if (!launch->is_checked) return;
+    if (std::string message = settle_suspects(); !message.empty()) report(message);
 }
 
 void on_fault(int number, siginfo_t* info, void* context) {

@@ -84,6 +84,8 @@ bool is_stack(const void* address);
 void check_launch();
 void end_launch_checks();
 void check_block();
+// A race that the last stores have turned out to be, or nothing.
+std::string settle_suspects();
 void join(const uint32_t* lanes_of_warps);
 void begin_copy(const Copy& copy, const void* address);
 void end_copy(const Copy& copy);
