@@ -178,16 +178,18 @@ def test_left_padding_is_no_padding():
         torch.testing.assert_close(logits[row : row + 1, start:], model(x[row : row + 1, start:]).logits)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("padding", ["none", "left", "holes"])
-def test_a_second_pass_over_a_cache(padding):
+def test_a_sequence_in_parts(padding, kind):
     model = build(DECODERS["llama"])
     x, mask = tokens(), padding_mask(padding)
     whole = model(x, mask).logits
-    cache = transformers.DynamicCache()
+    cache = transformers.DynamicCache() if kind == "dynamic" else transformers.StaticCache(model.config, 16)
     for start, stop in ((0, 5), (5, 11), (11, 12)):
-        seen = None if mask is None else mask[:, :stop]
+        # A mask may be ahead of a static cache: what is not seen yet is hidden all the same.
+        given = None if mask is None else mask[:, : stop if kind == "dynamic" else 12]
         # By position: the name of the cache's argument depends on the version.
-        part = model(x[:, start:stop], seen, None, cache).logits
+        part = model(x[:, start:stop], given, None, cache).logits
         valid = slice(None) if mask is None else mask[:, start:stop].bool()
         torch.testing.assert_close(part[valid], whole[:, start:stop][valid])
 
@@ -247,6 +249,13 @@ def changed_by_a_function(side):
     masking_utils.create_causal_mask(config, torch.zeros(1, 8, 32), None, None, **function)
 
 
+def window_across():
+    """Of 4 queries and 8 keys, the first query does not reach the last key."""
+    config = build(ENCODERS["modernbert"], local_attention=10).config
+    keys = torch.zeros(1, 8, 32)
+    masking_utils.create_bidirectional_sliding_window_mask(config, keys[:, :4], None, encoder_hidden_states=keys)
+
+
 def packed():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]])
     build(DECODERS["llama"])(tokens(1), position_ids=positions, use_cache=False)
@@ -278,6 +287,7 @@ REFUSED = {
     ),
     "packed": (packed, "attention_mask has packed sequences or blocks"),
     "blocks": (bidirectional_blocks, "attention_mask has packed sequences or blocks"),
+    "window across": (window_across, "attention_mask has windows or chunks of local_size=5"),
     "or": (lambda: changed_by_a_function("or"), "attention_mask is changed by functions of the model"),
     "and": (lambda: changed_by_a_function("and"), "attention_mask is changed by functions of the model"),
 }
