@@ -185,7 +185,7 @@ constexpr int TILE_BYTES = D * ROWS * static_cast<int>(sizeof(T));
 
 template <class T, int D>
 __device__ __forceinline__ int place_of(int row, int chunk) {
-  return ((row * CHUNKS<T, D> + row % 8) ^ (chunk % 8)) * PER_CHUNK<T> + chunk / 8 * 8 * PER_CHUNK<T>;
+  return (row * CHUNKS<T, D> + (chunk & ~7) + ((chunk ^ row) & 7)) * PER_CHUNK<T>;
 }
 
 template <class T, int D>
@@ -197,28 +197,31 @@ __device__ __forceinline__ T& element(T* tile, int row, int column) {
 template <class T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
                                           int width, bool is_aligned) {
-  static_assert(THREADS % CHUNKS<T, D> == 0);
-  constexpr int STEP = THREADS / CHUNKS<T, D>;
+  static_assert(THREADS % CHUNKS<T, D> == 0 || CHUNKS<T, D> % THREADS == 0);
+  constexpr int STEP = THREADS > CHUNKS<T, D> ? THREADS / CHUNKS<T, D> : 1;
   // One address a thread; what is added to it is the same for all threads.
-  const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>, chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
-  const int column = chunk * PER_CHUNK<T>;
-  const T* from = base + first * stride + (row * stride + column);
-  auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
-  if (is_aligned) {
-#pragma unroll
-    for (int i = 0; i < ROWS; i += STEP) {
-      if (ROWS % STEP != 0 && i + row >= ROWS) break;
-      cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
-    }
-  } else {
-    // Rolled, because many loads under way would need as many registers.
+  const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
 #pragma unroll 1
-    for (int i = 0; i < ROWS; i += STEP) {
-      if (ROWS % STEP != 0 && i + row >= ROWS) break;
-      T* to = tile + place_of<T, D>(row + i, chunk);
+  for (int chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>; chunk < CHUNKS<T, D>; chunk += THREADS) {
+    const int column = chunk * PER_CHUNK<T>;
+    const T* from = base + first * stride + (row * stride + column);
+    auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
+    if (is_aligned) {
+#pragma unroll(ROWS / STEP > 8 ? 4 : 8)
+      for (int i = 0; i < ROWS; i += STEP) {
+        if (ROWS % STEP != 0 && i + row >= ROWS) break;
+        cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
+      }
+    } else {
+      // Rolled, because many loads under way would need as many registers.
+#pragma unroll 1
+      for (int i = 0; i < ROWS; i += STEP) {
+        if (ROWS % STEP != 0 && i + row >= ROWS) break;
+        T* to = tile + place_of<T, D>(row + i, chunk);
 #pragma unroll
-      for (int e = 0; e < PER_CHUNK<T>; e++)
-        to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
+        for (int e = 0; e < PER_CHUNK<T>; e++)
+          to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
+      }
     }
   }
 }
@@ -366,9 +369,10 @@ __device__ __forceinline__ void pipeline(int n, Load&& load, Compute&& compute) 
       cp_async_commit();
     }
   }
-  int stage = 0;
+  int next = 0;
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
+    const int stage = STAGES == 2 ? i % 2 : next;
     if constexpr (STAGES > 1) {
       cp_async_wait<STAGES - 2>();
       __syncthreads();
@@ -383,7 +387,7 @@ __device__ __forceinline__ void pipeline(int n, Load&& load, Compute&& compute) 
       __syncthreads();
     }
     compute(i, stage);
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    next = stage == STAGES - 1 ? 0 : stage + 1;
   }
   cp_async_wait<0>();
   __syncthreads();

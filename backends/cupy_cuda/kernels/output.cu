@@ -151,8 +151,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     largest = block_max<WARPS>(relative, scratch);
   }
 
-  for (int part = 0; part == 0 || part * DV < params.head_dim_v; part++) {
-    const int width = params.head_dim_v - part * DV;
+  for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
+    const int width = params.head_dim_v - from;
     float out[M][NV][4], out1[M][NV][4];
     clear(out);
     clear(out1);
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         count,
         [&](int i, int stage) {
           load_keys(i, stage);
-          load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + part * DV, list[i] * BLOCK_N, 0,
+          load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + from, list[i] * BLOCK_N, 0,
                                              tile.lengths.k, params.stride_vn, width, params.aligned_v);
         },
         [&](int i, int stage) {
@@ -183,9 +183,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
       const float nan = bad >> row & 1 ? not_a_number() : 0.0f;
       const float change = newton_step<ALPHA>(f[row], g[row], r);
       if (at >= params.seqlen_q) continue;
-      if (part == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change + nan;
+      if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change + nan;
       const float w_sum = g[row] > 0 ? g[row] : 1.0f;
-      const long long start = (tile.row + at) * params.head_dim_v + part * DV;
+      const long long start = (tile.row + at) * params.head_dim_v + from;
       T* to = static_cast<T*>(params.out) + start;
       float* to1 = params.out1 + start;
 #pragma unroll

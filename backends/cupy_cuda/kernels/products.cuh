@@ -66,7 +66,8 @@ template <class T, int D, int M, int N>
 __device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int first_row, const T* b) {
   const int lane = lane_of();
   if constexpr (IS_HALF<T>) {
-#pragma unroll
+    // Four steps are what the permutation of chunks repeats after.
+#pragma unroll 4
     for (int step = 0; step < D / 16; step++) {
       unsigned fragment[M][4];
 #pragma unroll
@@ -160,7 +161,7 @@ __device__ __forceinline__ void stage(float* staging, const float (&p)[M][N][4])
 template <int M, int N, int NV>
 __device__ __forceinline__ void multiply_staged(float (&acc)[M][NV][4], const float* staging, const float* b) {
   const int lane = lane_of();
-#pragma unroll 2
+#pragma unroll 1
   for (int key = 0; key < 8 * N; key++) {
     float p[M][2];
 #pragma unroll
