@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from adasplash2 import plot
 from adasplash2.contract import SupportStats
 from adasplash2.demo.model import Transformer, capture_qkv
 from adasplash2.demo.train import Learner
@@ -57,9 +57,8 @@ class Results:
         return (self.support[0].size.shape[-1] + 1) / 2
 
 
-@torch.no_grad()
 def attention_weights(model: Transformer, tokens: Tensor) -> Tensor:
-    """All attention weights on a short text: attention to values that are the rows of the identity.
+    """All attention weights on a short text.
 
     Args:
         model: with any attention.
@@ -68,11 +67,7 @@ def attention_weights(model: Transformer, tokens: Tensor) -> Tensor:
     Returns:
         (layers, heads, n, n) float32, a row for each query.
     """
-    layers = []
-    for q, k, _ in capture_qkv(model, tokens[None]):
-        values = torch.eye(len(tokens)).expand(*q.shape[:2], -1, -1)
-        layers.append(model.attend(q, k, values)[0])
-    return torch.stack(layers)
+    return torch.stack([plot.attention_weights(model.attend, q, k)[0] for q, k, _ in capture_qkv(model, tokens[None])])
 
 
 def loss_table(results: Results) -> Table:
@@ -129,17 +124,26 @@ def draw(results: Results, path: Path) -> None:
     )
     _draw_losses(losses, results)
     _draw_time(time, results)
-    _draw_support(support, results)
+    plot.support_sizes(results.support, ax=support)
+    support.axvline(results.visible_keys, color=_COLORS[1])
+    support.set_title(
+        f"{support.get_title()}\nline: the {results.visible_keys:.1f} keys that softmax weights on average"
+    )
 
     layer, head = _median_head(results.keys_per_head)
     entmax, softmax = results.weights
     overlap = torch.minimum(softmax, entmax[layer, head]).sum(dim=(-1, -2))
     alike = divmod(int(overlap.argmax()), overlap.shape[1])
-    _draw_map(entmax_map, f"entmax: layer {layer}, head {head}", entmax[layer, head], results.labels)
-    _draw_map(
-        softmax_map, f"softmax: its head most alike (layer {alike[0]}, head {alike[1]})", softmax[alike], results.labels
-    )
-    _draw_blocks(blocks, results.support[layer], head)
+    entmax_title = f"entmax: layer {layer}, head {head}"
+    softmax_title = f"softmax: its head most alike (layer {alike[0]}, head {alike[1]})"
+    for axes, title, weights in (
+        (entmax_map, entmax_title, entmax[layer, head]),
+        (softmax_map, softmax_title, softmax[alike]),
+    ):
+        plot.weight_map(weights, is_causal=True, tokens=results.labels, ax=axes)
+        axes.set_title(f"{title}\n{axes.get_title()}")
+    plot.block_map(results.support[layer], head=head, is_causal=True, ax=blocks)
+    blocks.set_title(f"entmax: this head's blocks, whole sequence\n{blocks.get_title()}")
     figure.savefig(path, dpi=100)
 
 
@@ -171,54 +175,3 @@ def _draw_time(axes: Axes, results: Results) -> None:
     axes.margins(y=0.4)
     axes.legend()
     axes.grid(alpha=0.3, axis="x")
-
-
-def _draw_support(axes: Axes, results: Results) -> None:
-    keys = results.keys_per_head
-    layers, heads = keys.shape
-    width = 0.8 / heads
-    for head in range(heads):
-        offset = (head - (heads - 1) / 2) * width
-        positions = [layer + offset for layer in range(layers)]
-        axes.bar(positions, keys[:, head].tolist(), width=0.9 * width, color=_COLORS[0])
-    axes.axhline(results.visible_keys, color=_COLORS[1], label="softmax: every key that is visible")
-    axes.set(title="support: keys with a weight above zero", xlabel="layer (a bar for each head)")
-    axes.set(ylabel="mean keys per query", yscale="log", xticks=range(layers))
-    axes.set_ylim(1, 2 * results.visible_keys)
-    axes.legend(loc="upper left")
-    axes.grid(alpha=0.3, axis="y")
-
-
-def _draw_map(axes: Axes, title: str, weights: Tensor, labels: Sequence[str]) -> None:
-    visible = torch.ones_like(weights, dtype=torch.bool).tril()
-    zeros = (weights[visible] == 0).float().mean().item()
-    _shade_invisible(axes, visible)
-    # Exact zeros are left out and stay white; every other weight has a colour, however small it is.
-    image = axes.imshow(
-        torch.where(weights > 0, weights, torch.nan).numpy(), cmap="viridis_r", norm=LogNorm(1e-3, 1, clip=True)
-    )
-    colors = axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
-    colors.ax.tick_params(labelsize=7)
-    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
-    axes.set_yticks(range(len(labels)), labels, fontsize=7, family="monospace")
-    axes.set(title=f"{title}\n{zeros:.0%} of these weights are zero (white)", xlabel="key", ylabel="query")
-
-
-def _draw_blocks(axes: Axes, stats: SupportStats, head: int) -> None:
-    blocks = stats.block_map[0, head]
-    visible = torch.ones_like(blocks).tril()
-    share = blocks.sum().item() / visible.sum().item()
-    seqlen = stats.size.shape[-1]
-    extent = (0.0, float(seqlen), float(seqlen), 0.0)
-    _shade_invisible(axes, visible, extent)
-    axes.imshow(torch.where(blocks, 1.0, torch.nan).numpy(), cmap=ListedColormap([_COLORS[0]]), extent=extent)
-    axes.set(
-        title=f"entmax: this head's {stats.block_m} x {stats.block_n} blocks, whole sequence\n"
-        f"{1 - share:.0%} of the visible blocks hold zeros alone (white)",
-        xlabel="key",
-        ylabel="query",
-    )
-
-
-def _shade_invisible(axes: Axes, visible: Tensor, extent: tuple[float, float, float, float] | None = None) -> None:
-    axes.imshow(torch.where(visible, torch.nan, 1.0).numpy(), cmap=ListedColormap(["0.9"]), extent=extent)
