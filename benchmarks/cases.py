@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import adasplash2
-from adasplash2.testing import Inputs, make_inputs
+from adasplash2.bench import cases as shared
+from adasplash2.testing import Inputs
 
 __all__ = ["CASES", "Case", "captured", "find"]
 
@@ -23,38 +24,20 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(shared.Case):
     """One comparison: every provider gets the same tensors.
 
     Attributes:
-        kind: of ``adasplash2.testing.make_inputs``, or "real": captured from the trained model of the demo.
+        kind: as for every benchmark, or "real": captured from the trained model of the demo.
         seqlen: queries and keys; for entmax the rows and the columns of the matrix.
         op: "attention", or "entmax" of a matrix.
-        head_dim: of q, k and v.
-        heads: query heads.
-        batch: sequences.
-        alpha: of entmax.
-        is_causal: mask.
-        dtype: of the inputs and the output.
-        gain: factor of the scores, on top of 1 / sqrt(head_dim).
-        share: of "topics": the probability that a query wants a topic.
         dense_peers: whether the providers that need O(seqlen ** 2) memory, or long to compile, are timed here.
         compare_inits: whether the Numba backend's other initialisation of tau is timed too.
         quick: whether a quick run takes this case.
         device: type of the device that the case is meant for.
     """
 
-    kind: str
-    seqlen: int
     op: Literal["attention", "entmax"] = "attention"
-    head_dim: int = 64
-    heads: int = 8
-    batch: int = 1
-    alpha: float = 1.5
-    is_causal: bool = True
-    dtype: torch.dtype = torch.float32
-    gain: float = 1.0
-    share: float = 0.25
     dense_peers: bool = False
     compare_inits: bool = False
     quick: bool = False
@@ -80,45 +63,24 @@ class Case:
         parts.append(DTYPE_NAMES[self.dtype])
         return "-".join(parts if self.device == "cpu" else [*parts, self.device])
 
-    @property
-    def scale(self) -> float:
-        """Factor of the scores q . k."""
-        return self.gain * self.head_dim**-0.5
-
     def inputs(self, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
         """The arguments, (q, k, v) or (x,), and a gradient of the output."""
         if self.op == "entmax":
             generator = torch.Generator().manual_seed(0)
             x, dp = (torch.randn(self.seqlen, self.seqlen, generator=generator) for _ in range(2))
             return ((self.gain * x).to(device, self.dtype),), dp.to(device, self.dtype)
-        shape = {"batch": self.batch, "heads_q": self.heads, "seqlen_q": self.seqlen, "head_dim": self.head_dim}
         if self.kind == "real":
-            made = captured(**shape)
-            made = Inputs(*(tensor.to(device, self.dtype) for tensor in made))
-        else:
-            options: dict[str, Any] = {"share": self.share} if self.kind == "topics" else {}
-            made = make_inputs(self.kind, **shape, dtype=self.dtype, device=device, **options)
-        return (made.q, made.k, made.v), made.dout
+            made = captured(batch=self.batch, heads_q=self.heads, seqlen_q=self.seqlen, head_dim=self.head_dim)
+            *arguments, dout = (tensor.to(device, self.dtype) for tensor in made)
+            return tuple(arguments), dout
+        return super().inputs(device)
 
-    @property
-    def block_m(self) -> int:
-        """Queries of the blocks whose share is given: what the backends for the device skip, by 64 keys."""
-        return 64 if self.device == "cpu" else 128
-
-    def support(self, arguments: tuple[Tensor, ...]) -> dict[str, float]:
-        """Keys per row with p > 0 (mean), their share of the visible pairs, and that of the blocks with any."""
+    def support(self, arguments: tuple[Tensor, ...], **options: Any) -> dict[str, float]:
+        """As of every case; of entmax without blocks."""
         if self.op == "entmax":
             size = (adasplash2.entmax(arguments[0], self.alpha) > 0).sum(-1).double().mean().item()
             return {"size": size, "elements": size / self.seqlen}
-        q, k, _ = arguments
-        stats = adasplash2.support(
-            q, k, alpha=self.alpha, is_causal=self.is_causal, scale=self.scale, block_m=self.block_m
-        )
-        return {
-            "size": stats.size.double().mean().item(),
-            "elements": stats.element_density,
-            "blocks": stats.block_density,
-        }
+        return super().support(arguments, **options)
 
     def describe(self) -> dict[str, Any]:
         """For the results file."""

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from cases import Case
-from gate import Forward, Function
+from gate import Function
 from torch import Tensor
 
 import adasplash2
 from adasplash2 import registry
+from adasplash2.bench.measure import Forward
+from adasplash2.bench.providers import entmax_attention, softmax_attention
 
 __all__ = ["Provider", "Ready", "baseline", "providers"]
 
@@ -65,13 +66,9 @@ DENSE_REASON = "needs O(seqlen ** 2) memory, or long to compile: timed at a shor
 
 
 def _backend_attention(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
-    attend = functools.partial(
-        adasplash2.attention, alpha=case.alpha, is_causal=case.is_causal, scale=case.scale, backend=backend
-    )
-    q, k, v = arguments
-    explanation = adasplash2.explain(q, k, v, **attend.keywords)
-    if reasons := explanation.reasons[backend]:
-        return "; ".join(reasons)
+    attend = entmax_attention(backend, case, arguments)
+    if isinstance(attend, str):
+        return attend
     if backend == "reference" and not case.dense_peers:
         return DENSE_REASON
     return Ready(attend)
@@ -99,7 +96,7 @@ def _backend_entmax(backend: str, case: Case, arguments: tuple[Tensor, ...]) -> 
 def _sdpa(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
     if arguments[0].dtype != case.dtype and (case.kind != "iid" or case.seqlen > 2048):
         return "its speed does not depend on the inputs; in another dtype than the case's timed at iid, to 2048 keys"
-    return Ready(functools.partial(F.scaled_dot_product_attention, is_causal=case.is_causal, scale=case.scale))
+    return Ready(softmax_attention(case))
 
 
 def _pinned_sdpa(kernel: str, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
@@ -108,10 +105,11 @@ def _pinned_sdpa(kernel: str, case: Case, arguments: tuple[Tensor, ...]) -> Read
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     only = getattr(SDPBackend, kernel)
+    attend = softmax_attention(case)
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(only):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=case.is_causal, scale=case.scale)
+            return attend(q, k, v)
 
     return Ready(forward)
 
