@@ -67,7 +67,7 @@ PROBES: dict[str, list[AttentionRequest | EntmaxRequest]] = {
     "`entmax`, float64": [_entmax_request(torch.float64)],
 }
 
-TITLES = ['`"auto"` asks it on', "device", *PROBES]
+TITLES = ['`"auto"` asks it on', "tensors on another device", *PROBES]
 
 
 def _check_that_every_feature_is_probed() -> None:
