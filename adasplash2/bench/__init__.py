@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         console.print(f"numbers: {args.json.resolve()}", soft_wrap=True)
     if args.plot:
-        report.draw(rows, title, args.plot)
+        report.picture(rows, title).savefig(args.plot, dpi=100)
         console.print(f"picture: {args.plot.resolve()}", soft_wrap=True)
     return 1 if faults else 0
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from adasplash2.bench.measure import MODES, Mode, Spread
 
-__all__ = ["SOFTMAX", "Row", "draw", "table"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["SOFTMAX", "Row", "picture", "table"]
 
 SOFTMAX = "softmax"
 _TITLES: dict[Mode, str] = {"fwd": "forward", "fwd_bwd": "forward + backward"}
@@ -69,8 +71,8 @@ def _short(value: float) -> str:
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Writes the picture: speed over length, in units of softmax's, a line for each backend and kind of inputs."""
+def picture(rows: Sequence[Row], title: str) -> Figure:
+    """Speed over length, in units of softmax's: a line for each backend and kind of inputs."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
@@ -100,4 +102,4 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
             which(StrMethodFormatter("{x:g}"))
         axes.grid(alpha=0.3, which="both")
     figure.axes[0].legend()
-    figure.savefig(path, dpi=100)
+    return figure
