@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from adasplash2 import registry
+from adasplash2.__main__ import _COMMANDS
 
 # Scripts, started as files: their folder is no package.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -74,6 +75,10 @@ def test_every_tox_environment_is_told_and_there() -> None:
     assert set(re.findall(r"^\| `tox -e (\w+)", README, re.MULTILINE)) == there | default
     (row,) = re.findall(r"^\| `tox` \|(.*)\|$", README, re.MULTILINE)
     assert set(re.findall(r"`(\w+)`", row)) == default
+
+
+def test_every_command_is_told_and_there() -> None:
+    assert set(re.findall(r"python -m adasplash2 (\w+)", README)) == set(_COMMANDS)
 
 
 def test_every_environment_variable_is_told() -> None:
