@@ -52,9 +52,7 @@ def _struct(pointers: Sequence[str], longs: Sequence[str], floats: Sequence[str]
 
 # As the kernels declare them (common.cuh, rows.cu).
 PARAMS = _struct(_pointers, _strides, ("alpha", "scale", "target"), _integers)
-ROW_PARAMS = _struct(
-    ("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha",)
-)
+ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha",))
 
 
 _SOURCES = {
@@ -136,7 +134,8 @@ class _Call:
         alphas = request.alpha_heads
         self.alpha_heads = None if alphas is None else alphas.detach().float().contiguous()
         self.seqlens = [
-            None if t is None else t.detach().to(torch.int64).contiguous() for t in (request.seqlens_q, request.seqlens_k)
+            None if t is None else t.detach().to(torch.int64).contiguous()
+            for t in (request.seqlens_q, request.seqlens_k)
         ]
         self.dtype = _TYPES[self.q.dtype]
         self.alpha_class = _alpha_class(request.alpha, self.alpha_heads)
@@ -187,9 +186,9 @@ def _alpha_class(alpha: float, alphas: Tensor | None) -> str:
 class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
-    The stages and what they leave behind are those of the Triton backend; the results agree to rounding. Extra memory
-    beyond the results: a byte and a list entry per tile of queries and block of keys, and out1 (of out's shape, float32)
-    for backward. No call waits for the device once its kernels are compiled.
+    The stages and what they leave behind are those of the Triton backend. Extra memory beyond the results: a byte and a
+    list entry per tile of queries and block of keys, and out1 (of out's shape, float32) for backward. No call waits for
+    the device once its kernels are compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
@@ -246,7 +245,7 @@ class CupyBackend:
         return self._capability or _capability_of(device)
 
     def _configure(self, request: AttentionRequest) -> Config | None:
-        # While a graph is traced, sizes are symbols; what is compiled here hangs on the heads' sizes, so these are fixed.
+        # While a graph is traced, sizes are symbols; kernels are compiled for the heads' sizes, so these are fixed.
         head = head_class(int(request.head_dim), int(request.head_dim_v))
         return configure(request.q.dtype, head, self._capability_of(request.q.device))
 
@@ -345,9 +344,7 @@ class CupyBackend:
                 | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha},
             )
             alpha = call.alpha_class
-            self._launch_stage(
-                call, "dq", "entmax_attn_bwd_dq", call.programs, record, alpha, dalpha is not None
-            )
+            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", call.programs, record, alpha, dalpha is not None)
             blocks = request.batch * request.heads_kv * call.n_blocks
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
         summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
@@ -407,7 +404,13 @@ class CupyBackend:
         record = _record(
             ROW_PARAMS,
             tensors
-            | {"alpha_rows": alphas, "stride_m": strided.stride(0), "stride_n": strided.stride(1), "n": n, "alpha": alpha},
+            | {
+                "alpha_rows": alphas,
+                "stride_m": strided.stride(0),
+                "stride_n": strided.stride(1),
+                "n": n,
+                "alpha": alpha,
+            },
         )
         kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))
         self._launch(kernel, rows, ROW_WARPS, 128, record)

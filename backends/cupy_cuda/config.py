@@ -118,13 +118,12 @@ _HALF = {
     ],
     128: [
         Config(128, 128, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 32, 2, 1), Launch(4, 32, 2, 1)),
-        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
-        Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 32, 1, 1), Launch(4, 32, 1, 1), Launch(2, 32, 1, 1)),
+        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
+        Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 16, 1, 1), Launch(4, 32, 1, 1), Launch(2, 16, 1, 1)),
     ],
     256: [
         Config(256, 128, 64, 64, Launch(4, 64, 2, 1), Launch(4, 16, 2, 1), Launch(4, 16, 1, 1), Launch(4, 16, 1, 1)),
         Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
-        Config(256, 128, 16, 32, Launch(1, 32, 1, 1), Launch(1, 16, 1, 1), Launch(1, 16, 1, 1), Launch(2, 16, 1, 1)),
     ],
 }
 _FLOAT = {
@@ -133,6 +132,7 @@ _FLOAT = {
     ],
     128: [
         Config(128, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
+        Config(128, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 16, 1, 1)),
     ],
     256: [
         Config(256, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 8, 1, 1)),

@@ -55,11 +55,25 @@ def unavailable_reason() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"cupy cannot be imported ({str(error).splitlines()[0]}): install adasplash2[cuda12] or adasplash2[cuda13]"
+        return f"cupy cannot be imported ({_first_line(error)}); needs adasplash2[cuda12] or adasplash2[cuda13]"
+    runtime = cupy.cuda.runtime
+    if runtime.is_hip:
+        return f"cupy {cupy.__version__} is built for ROCm; needs one for CUDA"
+    built_for, driver = runtime.runtimeGetVersion() // 1000, runtime.driverGetVersion() // 1000
+    if driver == 0:
+        return f"cupy {cupy.__version__} finds no CUDA driver"
+    if driver < built_for:
+        versions = f"cupy {cupy.__version__} is built for CUDA {built_for}, the driver for CUDA {driver}"
+        return f"{versions}; needs adasplash2[cuda{driver}]"
     try:
-        devices = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"cupy {cupy.__version__} finds no usable CUDA driver ({error})"
-    if devices == 0 or not torch.cuda.is_available():
-        return "no CUDA device is visible to torch"
-    return None
+        runtime.getDeviceCount()
+        compiler, _ = cupy.cuda.nvrtc.getVersion()
+    except (RuntimeError, ImportError) as error:
+        return f"cupy {cupy.__version__} cannot use CUDA {built_for} ({_first_line(error)})"
+    if compiler != built_for:
+        return f"cupy {cupy.__version__} is built for CUDA {built_for} and finds the NVRTC of CUDA {compiler}"
+    return None if torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -193,6 +193,13 @@ __device__ __forceinline__ T& element(T* tile, int row, int column) {
   return tile[place_of<T, D>(row, column / PER_CHUNK<T>) + column % PER_CHUNK<T>];
 }
 
+// How many copies are asked for together; one that is not asynchronous holds four registers until it is done.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int COPIES = 2;
+#else
+constexpr int COPIES = 8;
+#endif
+
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.
 template <class T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
@@ -207,7 +214,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     const T* from = base + first * stride + (row * stride + column);
     auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
     if (is_aligned) {
-#pragma unroll(ROWS / STEP > 8 ? 4 : 8)
+#pragma unroll(ROWS / STEP > 8 ? COPIES / 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
         cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));

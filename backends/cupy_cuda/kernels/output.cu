@@ -44,18 +44,16 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     __syncthreads();
   }
 
+  // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
   float tau[R], f[R], g[R];
-  unsigned bad = 0;  // a bit for each of this thread's rows
+  bool has_bad = false;
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
     tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
-    if (tau[i] != tau[i]) {
-      bad |= 1u << i;
-      tau[i] = infinity();
-    }
+    has_bad |= tau[i] != tau[i];
   }
-  const bool has_bad = block_max<WARPS>(bad != 0 ? 1.0f : 0.0f, scratch) > 0;
+  has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
   auto load_keys = [&](int i, int stage) {
     load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
@@ -180,10 +178,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
 #pragma unroll
     for (int row = 0; row < R; row++) {
       const int at = tile.first + row_of<M>(row);
-      const float nan = bad >> row & 1 ? not_a_number() : 0.0f;
+      const float nan = tau[row] != tau[row] ? not_a_number() : 0.0f;
       const float change = newton_step<ALPHA>(f[row], g[row], r);
       if (at >= params.seqlen_q) continue;
-      if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change + nan;
+      if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change;
       const float w_sum = g[row] > 0 ? g[row] : 1.0f;
       const long long start = (tile.row + at) * params.head_dim_v + from;
       T* to = static_cast<T*>(params.out) + start;

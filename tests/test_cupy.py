@@ -1,0 +1,572 @@
+"""The CuPy backend's own parts: what it refuses, what it launches, what compiles, and its kernels run by an emulator.
+
+``python tests/test_cupy.py [capability ...]`` compiles every shipped instantiation for the given compute capabilities
+(all, by default) and prints the compiler's report as a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import sys
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from cuda_emulator import EmulatedLauncher, unavailable
+from strategies import Case
+
+import adasplash2
+from adasplash2 import registry
+from adasplash2.backends.cupy_cuda import CupyBackend, backend, launcher
+from adasplash2.backends.cupy_cuda.config import CAPABILITIES, SHARED_MEMORY, configure, head_class, shared_memory
+from adasplash2.contract import AttentionRequest, EntmaxRequest
+from adasplash2.testing import (
+    assert_attention,
+    assert_close,
+    assert_support,
+    entmax_backward_truth,
+    entmax_truth,
+    make_inputs,
+    run_attention,
+)
+
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+CPU = torch.device("cpu")
+HEADS = (64, 128, 256)
+ALPHAS = (1.5, 2.0, 1.3, (1.2,))
+KERNELS = {
+    *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output", "entmax_attn_bwd_dq"),
+    *("entmax_attn_bwd_dkv", "entmax_attn_support", "entmax_rows_fwd", "entmax_rows_bwd"),
+}
+
+emulated = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+
+class Launched(NamedTuple):
+    source: str
+    kernel: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    shared_bytes: int
+    args: np.void
+
+
+class Recorder:
+    """A launcher that runs nothing."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launched] = []
+
+    def launch(
+        self, source: str, kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: np.void
+    ) -> None:
+        self.launches.append(Launched(source, kernel, tuple(grid), tuple(block), shared_bytes, args))
+
+
+def everything(whole: CupyBackend, request: AttentionRequest) -> None:
+    """Each kernel once."""
+    request = dataclasses.replace(request, save_for_backward=True)
+    result = whole.forward(request)
+    whole.backward(request, result.tau, result.saved, torch.zeros_like(result.out))
+    whole.support(request, 64, 64)
+    x = torch.zeros(4, 100, dtype=request.q.dtype)
+    alpha_rows = None if request.alpha_heads is None else torch.full((4,), 1.2)
+    whole.entmax_backward(whole.entmax(EntmaxRequest(x, request.alpha, alpha_rows)), x, request.alpha, alpha_rows)
+
+
+def shipped(
+    capability: tuple[int, int],
+    dtypes: Sequence[torch.dtype] = (HALF, BF16, FLOAT),
+    heads: Sequence[int] = HEADS,
+    alphas: Sequence[Any] = ALPHAS,
+    inits: Sequence[Any] = ("maxima", "histogram"),
+) -> dict[str, Launched]:
+    """Every instantiation that calls of these kinds launch on such a device."""
+    found: dict[str, Launched] = {}
+    for init, dtype, head, alpha in itertools.product(inits, dtypes, heads, alphas):
+        recorder = Recorder()
+        whole = CupyBackend(init, recorder, capability)
+        request, _ = Case(8, 8, head_dim=head, head_dim_v=head, dtype=dtype, alpha=alpha).build(CPU)
+        if not whole.unsupported_reasons(request):
+            everything(whole, request)
+            found |= {launch.kernel: launch for launch in recorder.launches}
+    return found
+
+
+# ---- what is refused
+
+
+def request_of(dtype: torch.dtype = HALF, head_dim: int = 64, **options: Any) -> AttentionRequest:
+    return Case(40, 60, head_dim=head_dim, head_dim_v=head_dim, dtype=dtype, **options).build(CPU)[0]
+
+
+def test_what_is_refused() -> None:
+    serves = CupyBackend(launcher=Recorder(), capability=(9, 0)).unsupported_reasons
+    for dtype in (HALF, BF16, FLOAT):
+        for head_dim in (1, 80, 256):
+            assert serves(request_of(dtype, head_dim)) == ()
+    assert serves(request_of(torch.float64)) == ("got torch.float64; needs float16, bfloat16 or float32",)
+    assert serves(request_of(head_dim=257)) == (
+        "got head_dim=257; needs at most 256",
+        "got head_dim_v=257; needs at most 256",
+    )
+    assert CupyBackend().unsupported_reasons(request_of()) == ("got a tensor on cpu; needs one on cuda",)
+    (reason,) = CupyBackend().entmax_unsupported_reasons(EntmaxRequest(torch.zeros(2, 3)))
+    assert reason == "got a tensor on cpu; needs one on cuda"
+
+
+def test_what_turing_and_older_devices_are_refused() -> None:
+    turing = CupyBackend(launcher=Recorder(), capability=(7, 5)).unsupported_reasons
+    assert turing(request_of(HALF)) == turing(request_of(FLOAT)) == ()
+    assert turing(request_of(BF16)) == ("got torch.bfloat16 on a device of compute capability 7.5; needs 8.0",)
+    for dtype in (HALF, FLOAT):
+        assert turing(request_of(dtype, 200)) == (
+            f"got a head of 200 {dtype} on compute capability 7.5; needs at most 128",
+        )
+    volta = CupyBackend(launcher=Recorder(), capability=(7, 0)).unsupported_reasons
+    assert volta(request_of()) == ("got torch.float16 on a device of compute capability 7.0; needs 7.5",)
+
+
+def fake_cupy(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    built_for: int = 12,
+    driver: int = 12,
+    nvrtc: int | Exception = 12,
+    hip: bool = False,
+) -> None:
+    """A cupy as ``import cupy`` would find it."""
+
+    def version() -> tuple[int, int]:
+        if isinstance(nvrtc, Exception):
+            raise nvrtc
+        return nvrtc, 4
+
+    runtime = types.SimpleNamespace(
+        is_hip=hip,
+        runtimeGetVersion=lambda: built_for * 1000 + 20,
+        driverGetVersion=lambda: driver * 1000,
+        getDeviceCount=lambda: 1,
+    )
+    cuda = types.SimpleNamespace(runtime=runtime, nvrtc=types.SimpleNamespace(getVersion=version))
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(__version__="14.0", cuda=cuda))  # type: ignore[arg-type]
+
+
+def test_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence for each thing that may be missing, and nothing breaks at import."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = launcher.unavailable_reason
+    fake_cupy(monkeypatch)
+    assert reason() is None
+    fake_cupy(monkeypatch, driver=0)
+    assert reason() == "cupy 14.0 finds no CUDA driver"
+    fake_cupy(monkeypatch, built_for=13, nvrtc=13)
+    assert reason() == "cupy 14.0 is built for CUDA 13, the driver for CUDA 12; needs adasplash2[cuda12]"
+    fake_cupy(monkeypatch, driver=13)
+    assert reason() is None
+    fake_cupy(monkeypatch, nvrtc=13)
+    assert reason() == "cupy 14.0 is built for CUDA 12 and finds the NVRTC of CUDA 13"
+    fake_cupy(monkeypatch, nvrtc=RuntimeError("failed to load libnvrtc.so.12\nmore"))
+    assert reason() == "cupy 14.0 cannot use CUDA 12 (failed to load libnvrtc.so.12)"
+    fake_cupy(monkeypatch, hip=True)
+    assert reason() == "cupy 14.0 is built for ROCm; needs one for CUDA"
+    fake_cupy(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason() == "no CUDA device is visible to torch"
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    missing = reason()
+    assert missing is not None
+    assert missing.startswith("cupy cannot be imported (")
+    assert missing.endswith("); needs adasplash2[cuda12] or adasplash2[cuda13]")
+
+
+# ---- what is launched
+
+
+def test_configurations_fit_the_devices() -> None:
+    for dtype, head, capability in itertools.product((HALF, BF16, FLOAT), HEADS, CAPABILITIES):
+        config = configure(dtype, head, capability)
+        if config is None:
+            assert capability == (7, 5)
+            assert head == 256
+            continue
+        for name in ("scan", "output", "dq", "dkv"):
+            assert shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
+            launch = getattr(config, name)
+            rows = config.block_n if name == "dkv" else config.block_m
+            assert rows % (16 * launch.warps) == 0
+            assert (config.block_m if name == "dkv" else config.block_n) % launch.columns == 0
+            assert dtype == FLOAT or launch.columns % 16 == 0
+    # A newer device gets what the nearest older one has.
+    assert configure(HALF, 64, (12, 1)) is configure(HALF, 64, (12, 1))
+    assert configure(HALF, 64, (9, 9)) == configure(HALF, 64, (9, 0))
+    assert [head_class(*sizes) for sizes in ((1, 1), (64, 65), (128, 5), (129, 1))] == [64, 128, 128, 256]
+
+
+def test_records_have_the_layout_of_the_kernels() -> None:
+    """The fields in order, and their widths."""
+    widths = {"long long": "i8", "float": "f4", "int": "i4"}
+    for file, struct, record in (
+        ("common.cuh", "Params", backend.PARAMS),
+        ("rows.cu", "RowParams", backend.ROW_PARAMS),
+    ):
+        text = re.sub(r"//.*", "", (launcher.KERNELS / file).read_text(encoding="utf-8"))
+        body = re.search(rf"struct {struct} {{(.*?)}};", text, re.DOTALL)
+        assert body is not None
+        fields = []
+        for declaration in filter(None, (part.strip() for part in body[1].split(";"))):
+            found = re.fullmatch(r"(?:const )?(long long|\w+(?: char)?)(\*?) (.*)", declaration, re.DOTALL)
+            assert found is not None, declaration
+            kind = "u8" if found[2] else widths[found[1]]
+            fields += [(name.strip(), np.dtype(kind)) for name in found[3].split(",")]
+        assert record.fields is not None
+        assert fields == [(name, record.fields[name][0]) for name in record.names or ()]
+
+
+def test_launches_of_a_call() -> None:
+    """Grids, shared memory and arguments, in the order of the stages; every strided input is read in place."""
+    recorder = Recorder()
+    whole = CupyBackend(launcher=recorder, capability=(9, 0))
+    case = Case(
+        300, 500, batch=2, heads_kv=3, group=2, head_dim=40, head_dim_v=80, dtype=BF16, is_causal=True, layout="sliced"
+    )
+    request, dout = case.build(CPU)
+    request = dataclasses.replace(request, scale=-0.5, save_for_backward=True)
+    result = whole.forward(request)
+    grads = whole.backward(request, result.tau, result.saved, dout)
+    config = configure(BF16, 128, (9, 0))
+    assert config is not None
+    tiles, blocks = -(-300 // config.block_m), -(-500 // config.block_n)
+    check, scan, output, dq, dkv = recorder.launches
+    assert [launch.kernel.partition("<")[0] for launch in recorder.launches] == [
+        *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output"),
+        *("entmax_attn_bwd_dq", "entmax_attn_bwd_dkv"),
+    ]
+    assert check.grid == (2 * 3 * 4, 1, 1)
+    assert scan.grid == output.grid == dq.grid == (2 * 6 * tiles, 1, 1)
+    assert dkv.grid == (2 * 3 * blocks, 1, 1)
+    for name, launch in zip(("scan", "output", "dq", "dkv"), recorder.launches[1:], strict=True):
+        assert launch.block == (32 * getattr(config, name).warps, 1, 1)
+        assert launch.shared_bytes == shared_memory(config, name, BF16)
+        for tensor in ("q", "k", "v"):
+            given = getattr(request, tensor)
+            assert launch.args[tensor] == given.data_ptr()
+            axes = "bhm" if tensor == "q" else "bhn"
+            assert [launch.args[f"stride_{tensor}{axis}"] for axis in axes] == list(given.stride()[:3])
+        assert (launch.args["sign"], launch.args["scale"]) == (-1, 0.5)
+        assert (launch.args["n_tiles"], launch.args["n_blocks"]) == (tiles, blocks)
+        assert launch.args["tau"] == result.tau.data_ptr()
+        assert launch.args["live"] == result.saved[1].data_ptr()
+        assert launch.args["alpha_heads"] == launch.args["seqlens_q"] == 0
+    assert output.args["out"] == result.out.data_ptr()
+    assert output.args["out1"] == dq.args["out1"] == result.saved[0].data_ptr()
+    assert dq.args["dq"] == grads.dq.data_ptr()
+    assert (dkv.args["dk"], dkv.args["dv"]) == (grads.dk.data_ptr(), grads.dv.data_ptr())
+    assert dq.args["dout"] == dout.data_ptr()
+    assert result.saved[1].shape == (2, 6, tiles, blocks)
+
+
+def test_alignment_decides_how_rows_are_read() -> None:
+    t = torch.zeros(2, 3, 40, 64, dtype=HALF)
+    for tensor, expected in (
+        (t, 1),
+        (t[..., 8:], 1),
+        (t[..., 4:], 0),
+        (t[..., :12], 0),
+        (t[:, :, ::2], 1),
+        (torch.zeros(1, 1, 1, 8, dtype=HALF), 1),
+        (torch.zeros(1, 1, 2, 12, dtype=HALF), 0),
+        (torch.zeros(1, 1, 2, 12), 1),
+    ):
+        assert backend._layout("q", tensor)["aligned_q"] == expected
+
+
+def test_a_new_length_batch_or_number_of_heads_compiles_nothing() -> None:
+    found = []
+    for shape in ((64, 64, {}), (101, 1003, {"batch": 3}), (17, 1, {"heads_kv": 2, "group": 3})):
+        recorder = Recorder()
+        case = Case(*shape[:2], head_dim=24, head_dim_v=24, dtype=HALF, is_causal=True, **shape[2])  # type: ignore[arg-type]
+        everything(CupyBackend(launcher=recorder, capability=(8, 0)), case.build(CPU)[0])
+        found.append([launch.kernel for launch in recorder.launches])
+    assert found[0] == found[1] == found[2]
+
+
+def test_every_kernel_is_shipped() -> None:
+    assert {kernel.partition("<")[0] for kernel in shipped((9, 0), (HALF,), (64,), (1.5,))} == KERNELS
+
+
+# ---- what compiles
+
+
+class Report(NamedTuple):
+    registers: int
+    stack: int
+    spills: int
+
+
+def compiled(source: str, kernels: Sequence[str], capability: str) -> dict[str, Report]:
+    """What the compiler says of these instantiations; NVRTC alone, no driver."""
+    nvrtc = pytest.importorskip("cupy.cuda.nvrtc")
+    text = (launcher.KERNELS / source).read_text(encoding="utf-8")
+    program = nvrtc.createProgram(text, source, [], [])
+    for kernel in kernels:
+        nvrtc.addNameExpression(program, kernel)
+    try:
+        nvrtc.compileProgram(program, [f"-arch=sm_{capability}", *launcher.options(), "--ptxas-options=-v"])
+    except nvrtc.NVRTCError:
+        pytest.fail(nvrtc.getProgramLog(program))
+    names = {nvrtc.getLoweredName(program, kernel): kernel for kernel in kernels}
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, nvrtc.getProgramLog(program), re.DOTALL)
+    reports = {
+        names[name]: Report(int(registers), int(stack), int(stores) + int(loads))
+        for name, stack, stores, loads, registers in found
+    }
+    assert reports.keys() == set(kernels)
+    return reports
+
+
+def reported(launches: dict[str, Launched], capability: str) -> Iterator[tuple[Launched, Report]]:
+    by_source = itertools.groupby(sorted(launches.values()), key=lambda launch: launch.source)
+    for source, group in by_source:
+        of_source = list(group)
+        reports = compiled(source, [launch.kernel for launch in of_source], capability)
+        yield from ((launch, reports[launch.kernel]) for launch in of_source)
+
+
+def numbers(name: str) -> tuple[int, int]:
+    """A compute capability from its name, as "90a"."""
+    digits = name.rstrip("a")
+    return int(digits[:-1]), int(digits[-1])
+
+
+# A part of what is shipped for each, so that together they have each kernel, dtype, head class and alpha class; all of
+# it takes minutes, and is what this file does as a script.
+PARTS: list[tuple[str, torch.dtype, int, Any, str]] = [
+    ("75", HALF, 64, 1.5, "maxima"),
+    ("75", FLOAT, 128, (1.2,), "maxima"),
+    ("80", BF16, 128, 1.5, "histogram"),
+    ("86", BF16, 64, (1.2,), "maxima"),
+    ("86", FLOAT, 256, 1.5, "maxima"),
+    ("89", HALF, 256, 2.0, "maxima"),
+    ("90a", BF16, 64, 1.5, "maxima"),
+    ("90a", HALF, 128, (1.2,), "histogram"),
+    ("100", BF16, 256, (1.2,), "maxima"),
+    ("120", FLOAT, 64, 2.0, "histogram"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype", "head", "alpha", "init"), PARTS, ids=str)
+def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, head: int, alpha: Any, init: str) -> None:
+    launches = shipped(numbers(name), (dtype,), (head,), (alpha,), (init,))
+    assert {kernel.partition("<")[0] for kernel in launches} == KERNELS
+    for launch, report in reported(launches, name):
+        assert report.spills == report.stack == 0, f"sm_{name}, {launch.kernel}: {report}"
+        assert launch.shared_bytes <= SHARED_MEMORY[numbers(name)]
+
+
+# ---- the kernels, run
+
+
+@pytest.fixture(scope="module")
+def emulator() -> EmulatedLauncher:
+    return EmulatedLauncher(launcher.KERNELS)
+
+
+EMULATED = [
+    ((9, 0), Case(70, 90, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
+    ((9, 0), Case(150, 300, batch=2, heads_kv=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True)),
+    ((9, 0), Case(150, 201, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced")),
+    ((9, 0), Case(130, 100, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, is_causal=True)),
+    ((9, 0), Case(70, 300, head_dim=64, dtype=HALF, group=3, alpha=(1.1, 1.5, 1.9), is_causal=True)),
+    ((9, 0), Case(50, 200, head_dim=128, head_dim_v=96, dtype=BF16, kind="topics")),
+    ((9, 0), Case(30, 70, head_dim=200, head_dim_v=256, dtype=BF16, is_causal=True)),
+    ((9, 0), Case(70, 140, head_dim=7, head_dim_v=3, is_causal=True, kind="narrow")),
+    ((9, 0), Case(40, 90, head_dim=100, head_dim_v=80, alpha=2.0)),
+    ((9, 0), Case(20, 40, head_dim=130, head_dim_v=16, is_causal=True)),
+    ((9, 0), Case(40, 60, group=2, alpha=(1.5, 1.2), batch=3, seqlens_q=(40, 0, 33), seqlens_k=(0, 60, 20))),
+    ((7, 5), Case(130, 150, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+    ((8, 6), Case(70, 130, head_dim=128, head_dim_v=128, dtype=HALF, is_causal=True)),
+]
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "case"), EMULATED, ids=[f"{i}-{case.dtype}-{case.head_dim}" for i, (_, case) in enumerate(EMULATED)]
+)
+def test_attention(emulator: EmulatedLauncher, capability: tuple[int, int], case: Case) -> None:
+    request, dout = case.build(CPU)
+    assert_attention(CupyBackend(launcher=emulator, capability=capability), request, dout)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["iid", "narrow", "topics", "equal"])
+def test_histogram(emulator: EmulatedLauncher, kind: str) -> None:
+    """It is a lower bound as the maxima are, so the results are as good."""
+    request, dout = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF).build(CPU)
+    assert_attention(CupyBackend("histogram", emulator, (9, 0)), request, dout)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(emulator: EmulatedLauncher, scale: float) -> None:
+    request, dout = Case(40, 60, head_dim=32, dtype=HALF).build(CPU)
+    assert_attention(CupyBackend(launcher=emulator, capability=(9, 0)), dataclasses.replace(request, scale=scale), dout)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["q", "k"])
+def test_numbers_that_are_not_finite(emulator: EmulatedLauncher, where: str) -> None:
+    """A bad query makes its row NaN, a bad key all rows that see it; other heads stay as they are."""
+    request, dout = Case(60, 80, heads_kv=2, head_dim=24, is_causal=True, dtype=HALF).build(CPU)
+    whole = CupyBackend(launcher=emulator, capability=(9, 0))
+    clean = run_attention(whole, request, dout)
+    getattr(request, where)[0, 1, 50, 3] = torch.inf
+    results = run_attention(whole, request, dout)
+    first = 50 if where == "q" else 30
+    last = 51 if where == "q" else 60
+    for quantity in ("out", "tau", "dq"):
+        is_bad = torch.zeros(1, 2, 60, dtype=torch.bool)
+        is_bad[0, 1, first:last] = True
+        assert results[quantity][is_bad].isnan().all()
+        assert torch.equal(results[quantity][:, 0], clean[quantity][:, 0])
+    assert torch.equal(results["out"][0, 1, :first], clean["out"][0, 1, :first])
+    for quantity in ("dk", "dv"):
+        assert torch.equal(results[quantity][:, 0], clean[quantity][:, 0])
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, FLOAT], ids=str)
+def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
+    request, dout = Case(150, 200, head_dim=40, head_dim_v=24, group=2, dtype=dtype, is_causal=True).build(CPU)
+    runs = [
+        run_attention(CupyBackend(launcher=EmulatedLauncher(launcher.KERNELS, seed), capability=(9, 0)), request, dout)
+        for seed in (None, 1)
+    ]
+    for quantity, result in runs[0].items():
+        assert torch.equal(result, runs[1][quantity]), quantity
+
+
+@emulated
+@pytest.mark.slow
+def test_no_access_out_of_bounds_and_no_race() -> None:
+    launching = EmulatedLauncher(launcher.KERNELS, seed=2, is_checked=True)
+    request, dout = Case(20, 70, head_dim=40, head_dim_v=35, dtype=HALF, alpha=1.5, is_causal=True).build(CPU)
+    assert_attention(CupyBackend("histogram", launching, (9, 0)), request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_support(emulator: EmulatedLauncher) -> None:
+    request, _ = Case(150, 170, head_dim=40, group=2, is_causal=True, dtype=HALF).build(CPU)
+    assert_support(CupyBackend(launcher=emulator, capability=(9, 0)).support(request, 32, 48), request, "cupy")
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_entmax(emulator: EmulatedLauncher, alpha: float) -> None:
+    whole = CupyBackend(launcher=emulator, capability=(9, 0))
+    generator = torch.Generator().manual_seed(0)
+    x, dp = (torch.randn(300, 5, generator=generator).T for _ in range(2))
+    request = EntmaxRequest(x, alpha, torch.tensor([1.3, 1.5, 1.01, 2.0, 1.9]) if alpha == 1.3 else None)
+    p = whole.entmax(request)
+    assert_close(p, entmax_truth(request), "p")
+    dx, dalpha = whole.entmax_backward(p, dp, alpha, request.alpha_rows)
+    truth = entmax_backward_truth(p, dp, alpha, request.alpha_rows)
+    assert_close(dx, truth, "dx")
+    assert (dalpha is None) == (request.alpha_rows is None)
+    if dalpha is not None:
+        assert_close(dalpha, truth, "dalpha")
+
+
+# ---- on a GPU
+
+
+@pytest.fixture
+def on_gpu() -> None:
+    candidate = registry.find("cupy")
+    if isinstance(candidate.backend, str):
+        pytest.skip(candidate.backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_forward_and_backward_in_a_cuda_graph() -> None:
+    """Nothing waits for the device, and a replay computes on what the inputs then hold."""
+    inputs = make_inputs("topics", heads_q=2, seqlen_q=300, head_dim=64, dtype=BF16, device="cuda")
+    q, k, v = (t.clone().requires_grad_() for t in inputs[:3])
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = adasplash2.attention(q, k, v, is_causal=True, backend="cupy")
+        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.mul_(0.5)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+def test_another_stream() -> None:
+    """The kernels run on the stream that torch is set to, after what was asked of it before."""
+    inputs = make_inputs("iid", heads_q=2, seqlen_q=500, head_dim=64, dtype=BF16, device="cuda")
+    expected = adasplash2.attention(*inputs[:3], is_causal=True, backend="cupy")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        q = inputs.q + 0
+        out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend="cupy")
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6)])
+def test_configurations_of_older_devices(capability: tuple[int, int]) -> None:
+    """They run on a newer device too."""
+    for dtype, head in itertools.product((HALF, FLOAT), (64, 128, 200)):
+        request, dout = Case(300, 400, head_dim=head, head_dim_v=head, dtype=dtype, is_causal=True).build(
+            torch.device("cuda")
+        )
+        assert_attention(CupyBackend(capability=capability), request, dout)
+
+
+def main(capabilities: Sequence[str]) -> None:
+    """The compiler's report of all that is shipped, as a table."""
+    print("| sm | kernel | threads | registers | shared memory | spilled bytes |\n|---|---|---:|---:|---:|---:|")
+    for name in capabilities:
+        for launch, report in reported(shipped(numbers(name)), name):
+            row = (name, f"`{launch.kernel}`", launch.block[0], report.registers, launch.shared_bytes, report.spills)
+            print("|", " | ".join(map(str, row)), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["75", "80", "86", "89", "90a", "100", "120"])
