@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from numbers import Real
 from typing import Any
 
@@ -93,6 +94,11 @@ def attention(
         UnsupportedError: the named backend cannot serve the call; the message has its reasons.
         NoBackendError: no backend can; the message has the reasons of each.
     """
+    if _is_dtensor(q):
+        from adasplash2 import sharding
+
+        options = {"is_causal": is_causal, "scale": scale, "backend": backend, "return_tau": return_tau}
+        return sharding.attention(attention, q, k, v, alpha, seqlens_q, seqlens_k, **options)
     library, request = _attention_request(q, k, v, alpha, is_causal, scale, seqlens_q, seqlens_k, return_tau)
     if _is_softmax(request):
         return from_torch(_softmax_attention(request), library)
@@ -221,6 +227,11 @@ def entmax(x: Array, alpha: float | Array = 1.5, dim: int = -1, *, backend: str 
         UnsupportedError: the named backend cannot serve the call; the message has its reasons.
         NoBackendError: no backend can; the message has the reasons of each.
     """
+    if _is_dtensor(x):
+        from adasplash2 import sharding
+
+        _check_int("dim", dim, least=-x.ndim, most=x.ndim - 1)
+        return sharding.entmax(entmax, x, alpha, dim, backend=backend)
     library = "torch"
     if not isinstance(x, Tensor):
         library, (x, alpha) = to_torch(x=x, alpha=alpha)
@@ -274,9 +285,7 @@ def _attention_request(
     _check_tensor("k", k, "(batch, heads_kv, seqlen_k, head_dim)", ndim=4)
     _check_tensor("v", v, "(batch, heads_kv, seqlen_k, head_dim_v)", ndim=4)
     device = q.device
-    # torch 2.11 cannot trace the first question.
-    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
-    if has_autocast and torch.is_autocast_enabled(device.type):
+    if _is_autocast(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         q, k, v = (tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in (q, k, v))
     _check_agreement(q, k, v)
@@ -291,14 +300,16 @@ def _attention_request(
         alpha = 1.5  # the request's default, ignored
     else:
         alpha = _checked_alpha(alpha)
-    for name, flag in (("is_causal", is_causal), ("return_tau", return_tau)):
-        if not isinstance(flag, bool):
-            raise _bad(name, flag, "a bool", TypeError)
+    if not isinstance(is_causal, bool):
+        raise _bad("is_causal", is_causal, "a bool", TypeError)
+    if not isinstance(return_tau, bool):
+        raise _bad("return_tau", return_tau, "a bool", TypeError)
     if alpha == 1 and return_tau:
         raise _bad("return_tau", return_tau, "False at alpha = 1: softmax has no tau")
-    for name, seqlens in (("seqlens_q", seqlens_q), ("seqlens_k", seqlens_k)):
-        if seqlens is not None:
-            _check_seqlens(name, seqlens, batch, device)
+    if seqlens_q is not None:
+        _check_seqlens("seqlens_q", seqlens_q, batch, device)
+    if seqlens_k is not None:
+        _check_seqlens("seqlens_k", seqlens_k, batch, device)
 
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
     if alpha_heads is not None:
@@ -315,6 +326,14 @@ def _attention_request(
         seqlens_k=seqlens_k,
         save_for_backward=needs_grad and torch.is_grad_enabled(),
     )
+
+
+def _is_autocast(device_type: str) -> bool:
+    # Asked first because it is one question; torch 2.11 cannot trace the second.
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def _is_softmax(request: AttentionRequest) -> bool:
@@ -363,9 +382,19 @@ def _padded_softmax_attention(request: AttentionRequest, options: dict[str, Any]
     return out.masked_fill(blind, 0)
 
 
+def _is_dtensor(value: object) -> bool:
+    """Whether it is a DTensor, of which there is none before its module is loaded."""
+    if type(value) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def _check_tensor(name: str, value: object, meaning: str, ndim: int | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: expected a torch tensor, NumPy or CuPy array, {meaning}")
+    if _is_dtensor(value):
+        raise TypeError(f"{name} is a DTensor: expected a plain tensor (its to_local()), or a DTensor in place of each")
     if ndim is not None and value.ndim != ndim:
         raise _bad(f"{name}.shape", tuple(value.shape), f"{ndim} dimensions, {meaning}")
     if value.dtype not in _DTYPES:
@@ -375,10 +404,11 @@ def _check_tensor(name: str, value: object, meaning: str, ndim: int | None = Non
 
 
 def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise _bad(f"{name}.dtype", tensor.dtype, f"{q.dtype}, the dtype of q", TypeError)
-        _check_device(name, tensor, q.device)
+    if not (k.dtype == v.dtype == q.dtype and k.device == v.device == q.device):
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.dtype != q.dtype:
+                raise _bad(f"{name}.dtype", tensor.dtype, f"{q.dtype}, the dtype of q", TypeError)
+            _check_device(name, tensor, q.device)
     batch, heads_q, _, head_dim = q.shape
     k_batch, heads_kv, seqlen_k, k_head_dim = k.shape
     if head_dim < 1:

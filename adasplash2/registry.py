@@ -130,7 +130,15 @@ def available_backends() -> dict[str, str | None]:
 
 def resolve(request: Request, name: str) -> Backend:
     """``select`` among the registered backends, without importing any that the choice does not need."""
-    return select(request, name, candidates() if name == "auto" else (find(name),))
+    if name != "auto":
+        return select(request, name, (find(name),))
+    device = request.device.type
+    for known, entry in _entries.items():
+        if device in entry.devices:
+            candidate = find(known)
+            if not _reasons(candidate, request, name) and not isinstance(candidate.backend, str):
+                return candidate.backend
+    return select(request, name, candidates())
 
 
 def select(request: Request, name: str, candidates: Iterable[Candidate]) -> Backend:
