@@ -25,6 +25,8 @@ import torch
 
 _HERE = Path(__file__).parent
 _RUNTIME_SOURCES = ("runtime/runtime.cpp", "runtime/operations.cpp", "runtime/checks.cpp")
+# What runtime/checks.cpp has the functions for.
+_CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero")
 _ERROR_BYTES = 4096
 _MAX_THREADS = 1024
 _MAX_SHARED_BYTES = 1 << 20
@@ -140,8 +142,8 @@ class EmulatedLauncher:
             grid: blocks along x, y and z; those left out are 1.
             block: threads along x, y and z.
             shared_bytes: dynamic shared memory of a block, in bytes.
-            args: a list of CPU tensors for pointers (None for a null one), NumPy scalars and structures of ctypes; or, for
-                a kernel with one parameter, a structured NumPy scalar or 0-d array, whose uint64 fields are pointers.
+            args: a list of CPU tensors for pointers (None for a null one), NumPy scalars, and structured NumPy arrays
+                of no dimensions, whose uint64 fields are pointers. A kernel's only argument may come without the list.
 
         Raises:
             CompileError: what g++ says.
@@ -190,10 +192,11 @@ class EmulatedLauncher:
         for i, kernel in enumerate(missing):
             text += f"extern const emulator::Kernel kernel_{i};\n"
             text += f"const emulator::Kernel kernel_{i} = emulator::describe({kernel});\n"
-        flags = [*self._flags, "-fsanitize=thread"] if self.is_checked else self._flags
+        flags = [*self._flags, *_CHECKS] if self.is_checked else self._flags
         sources = self._sources | _files("include") | {"instantiations.cpp": text}
-        assert self._runtime  # whose symbols the kernels' library needs
-        library = ctypes.CDLL(str(self._built(sources, ["instantiations.cpp"], flags)))
+        path = self._built(sources, ["instantiations.cpp"], flags)
+        _ = self._runtime  # whose symbols the kernels' library needs
+        library = ctypes.CDLL(str(path))
         for i, kernel in enumerate(missing):
             self._kernels[source, kernel] = _Kernel.in_dll(library, f"kernel_{i}")
 
@@ -207,7 +210,7 @@ class EmulatedLauncher:
 
     def _built(self, sources: dict[str, str], mains: Sequence[str], flags: Sequence[str]) -> Path:
         """The library made of these sources, from the cache or new."""
-        flags = ["-std=c++17", "-march=native", "-fPIC", "-g1", *flags]
+        flags = ["-std=c++17", "-march=native", "-fPIC", "-g1", "-gdwarf-4", *flags]
         parts = repr((_toolchain(), flags, mains, sorted(sources.items())))
         target = self._cache / hashlib.sha256(parts.encode()).hexdigest()[:32]
         library = target / "library.so"

@@ -111,12 +111,6 @@ inline void ldmatrix_x4(unsigned (&r)[4], const void* row, EMULATOR_SITE) {
 inline void ldmatrix_x4_trans(unsigned (&r)[4], const void* row, EMULATOR_SITE) {
     emulator::load_matrices<4, true>(r, row, "ldmatrix_x4_trans", site);
 }
-inline void ldmatrix_x2(unsigned (&r)[2], const void* row, EMULATOR_SITE) {
-    emulator::load_matrices<2, false>(r, row, "ldmatrix_x2", site);
-}
-inline void ldmatrix_x2_trans(unsigned (&r)[2], const void* row, EMULATOR_SITE) {
-    emulator::load_matrices<2, true>(r, row, "ldmatrix_x2_trans", site);
-}
 
 template <class T>
 inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], EMULATOR_SITE) {
@@ -129,10 +123,6 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
 template <class V>
 inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
     return emulator::shuffled(value, emulator::current->lane ^ mask, "shfl_xor", site);
-}
-template <class V>
-inline V shfl(V value, int lane, EMULATOR_SITE) {
-    return emulator::shuffled(value, lane, "shfl", site);
 }
 inline unsigned ballot(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "ballot", site); }
 inline bool any_sync(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "any_sync", site) != 0; }

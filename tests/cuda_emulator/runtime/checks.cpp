@@ -1,7 +1,7 @@
 // Every load and store of a kernel, looked at: is it in bounds, is it aligned, is it ordered after the others' there.
 //
-// With checks, g++ compiles a kernel with -fsanitize=thread, which puts a call before each access; the functions called
-// are these, not the sanitizer's own library. Each thread has a clock of every other thread's: how much of what that one
+// With checks, g++ compiles a kernel with -fsanitize=thread and others, which put calls before accesses; the functions
+// called are these, not the sanitizers' own libraries. Each thread has a clock of every other thread's: how much of what that one
 // did it has seen, by the barriers that both passed. Two accesses to the same byte, one of them a store, by threads of
 // which neither has seen the other's, are a race. Threads of different blocks never see one another.
 #include "runtime.hpp"
@@ -193,31 +193,19 @@ void check_access(const void* address, int64_t bytes, Access access, const void*
 
 }  // namespace emulator
 
-namespace {
-
-void check(const void* address, int bytes, emulator::Access access, const void* from, bool is_aligned) {
-    if (is_aligned && uintptr_t(address) % unsigned(bytes))
-        emulator::abandon(emulator::format("access of %d bytes that is not aligned: ", bytes) +
-                          emulator::describe_address(address) + "; " + emulator::where() + " at " +
-                          emulator::to_string({{"", 0}, from}));
-    emulator::check_access(address, bytes, access, from);
-}
-
-}  // namespace
-
-// The names and signatures that g++ calls.
-#define ON_ACCESS(BYTES)                                                                                      \
-    extern "C" void __tsan_read##BYTES(void* address) {                                                       \
-        check(address, BYTES, emulator::Access::read, __builtin_return_address(0), true);                     \
-    }                                                                                                         \
-    extern "C" void __tsan_write##BYTES(void* address) {                                                      \
-        check(address, BYTES, emulator::Access::write, __builtin_return_address(0), true);                    \
-    }                                                                                                         \
-    extern "C" void __tsan_unaligned_read##BYTES(void* address) {                                             \
-        check(address, BYTES, emulator::Access::read, __builtin_return_address(0), false);                    \
-    }                                                                                                         \
-    extern "C" void __tsan_unaligned_write##BYTES(void* address) {                                            \
-        check(address, BYTES, emulator::Access::write, __builtin_return_address(0), false);                   \
+// What g++ calls for -fsanitize=thread.
+#define ON_ACCESS(BYTES)                                                                                       \
+    extern "C" void __tsan_read##BYTES(void* address) {                                                        \
+        emulator::check_access(address, BYTES, emulator::Access::read, __builtin_return_address(0));           \
+    }                                                                                                          \
+    extern "C" void __tsan_write##BYTES(void* address) {                                                       \
+        emulator::check_access(address, BYTES, emulator::Access::write, __builtin_return_address(0));          \
+    }                                                                                                          \
+    extern "C" void __tsan_unaligned_read##BYTES(void* address) {                                              \
+        emulator::check_access(address, BYTES, emulator::Access::read, __builtin_return_address(0));           \
+    }                                                                                                          \
+    extern "C" void __tsan_unaligned_write##BYTES(void* address) {                                             \
+        emulator::check_access(address, BYTES, emulator::Access::write, __builtin_return_address(0));          \
     }
 ON_ACCESS(1)
 ON_ACCESS(2)
@@ -233,3 +221,42 @@ extern "C" void __tsan_write_range(void* address, std::size_t bytes) {
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}
+
+// And for what is undefined: every argument begins with the place.
+namespace {
+
+struct Undefined {
+    const char* file;
+    uint32_t line, column;
+    const void* type;
+    unsigned char log_alignment;  // of a pointer's type
+};
+
+[[noreturn]] void undefined(const Undefined* data, const std::string& what, const void* from) {
+    emulator::abandon(what + "; " + emulator::where() + " at " +
+                      emulator::to_string({{data->file, int(data->line)}, from}));
+}
+
+}  // namespace
+
+extern "C" void __ubsan_handle_type_mismatch_v1(Undefined* data, void* address) {
+    undefined(data, emulator::format("access that is not aligned to %d bytes: ", 1 << data->log_alignment) +
+                        emulator::describe_address(address), __builtin_return_address(0));
+}
+extern "C" void __ubsan_handle_out_of_bounds(Undefined* data, uintptr_t index) {
+    undefined(data, emulator::format("index %lld out of an array's bounds", (long long)index), __builtin_return_address(0));
+}
+extern "C" void __ubsan_handle_shift_out_of_bounds(Undefined* data, uintptr_t, uintptr_t by) {
+    undefined(data, emulator::format("shift by %lld", (long long)by), __builtin_return_address(0));
+}
+extern "C" void __ubsan_handle_divrem_overflow(Undefined* data, uintptr_t, uintptr_t) {
+    undefined(data, "division of an integer by zero, or overflow", __builtin_return_address(0));
+}
+#define ON_OVERFLOW(OPERATION)                                                                                 \
+    extern "C" void __ubsan_handle_##OPERATION##_overflow(Undefined* data, uintptr_t, uintptr_t) {             \
+        undefined(data, "overflow of a signed integer: " #OPERATION, __builtin_return_address(0));             \
+    }
+ON_OVERFLOW(add)
+ON_OVERFLOW(sub)
+ON_OVERFLOW(mul)
+ON_OVERFLOW(negate)

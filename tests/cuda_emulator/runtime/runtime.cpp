@@ -96,7 +96,7 @@ Fiber fibers[MAX_THREADS];
 
 namespace {
 
-constexpr std::size_t STACK = 256 << 10, GUARD = 64 << 10;
+constexpr std::size_t STACK = 256 << 10, STACK_GUARD = 64 << 10, SHARED_GUARD = 64 << 20;
 constexpr unsigned char POISON = 0xff;  // every float, half and bf16 made of it is NaN, every int -1
 constexpr unsigned char CANARY = 0xa5;
 // Shared memory ends as near to a page without access as its alignment lets it.
@@ -143,9 +143,11 @@ int pick(uint32_t lanes, int after) {
     return (turn + __builtin_ctz(turned)) & 31;
 }
 
-// The next thread that can run: of this warp, else of another one.
+// The next thread that can run: of this warp, else of another one; now and then of another one at once if the order is
+// drawn.
 Thread* next_thread(int warp, int lane) {
-    if (warps[warp].runnable) return &fibers[warp * 32 + pick(warps[warp].runnable, lane)];
+    bool stays = warps[warp].runnable && !(launch->is_shuffled && random_bits() % 8 == 0);
+    if (stays) return &fibers[warp * 32 + pick(warps[warp].runnable, lane)];
     int start = launch->is_shuffled ? int(random_bits() % unsigned(n_warps)) : warp + 1;
     for (int i = 0; i < n_warps; ++i) {
         int other = (start + i) % n_warps;
@@ -229,10 +231,10 @@ void* map(std::size_t bytes) {
 void allocate() {
     if (stacks) return;
     stacks = static_cast<unsigned char*>(map(STACK * MAX_THREADS));
-    for (int i = 0; i < MAX_THREADS; ++i) mprotect(stacks + STACK * std::size_t(i), GUARD, PROT_NONE);
-    shared_arena = static_cast<unsigned char*>(map(MAX_SHARED + 2 * GUARD));
-    mprotect(shared_arena, GUARD, PROT_NONE);
-    mprotect(shared_arena + GUARD + MAX_SHARED, GUARD, PROT_NONE);
+    for (int i = 0; i < MAX_THREADS; ++i) mprotect(stacks + STACK * std::size_t(i), STACK_GUARD, PROT_NONE);
+    shared_arena = static_cast<unsigned char*>(map(MAX_SHARED + 2 * SHARED_GUARD));
+    mprotect(shared_arena, SHARED_GUARD, PROT_NONE);
+    mprotect(shared_arena + SHARED_GUARD + MAX_SHARED, SHARED_GUARD, PROT_NONE);
 }
 
 int64_t padded_shared_bytes() {
@@ -240,7 +242,7 @@ int64_t padded_shared_bytes() {
 }
 
 void place_shared() {
-    shared_memory = shared_arena + GUARD + MAX_SHARED - padded_shared_bytes();
+    shared_memory = shared_arena + SHARED_GUARD + MAX_SHARED - padded_shared_bytes();
     std::memset(shared_memory - SHARED_ALIGNMENT, CANARY, std::size_t(padded_shared_bytes() + SHARED_ALIGNMENT));
 }
 
@@ -360,7 +362,7 @@ std::string where() {
 
 std::string describe_address(const void* address) {
     auto a = uintptr_t(address);
-    if (is_in(address, shared_arena, MAX_SHARED + 2 * GUARD))
+    if (is_in(address, shared_arena, MAX_SHARED + 2 * SHARED_GUARD))
         return format("byte %lld of shared memory, which has %lld",
                       (long long)(static_cast<const unsigned char*>(address) - shared_memory),
                       (long long)launch->shared_bytes);

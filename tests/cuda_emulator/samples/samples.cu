@@ -1,0 +1,190 @@
+// Small kernels, right ones and wrong ones, on which the emulator is tested.
+#include "samples.cuh"
+
+template <class T, int ADDEND>
+__global__ void scaled(const T* __restrict__ x, T* __restrict__ y, float factor, int n, long long stride) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i * stride] = from_float<T>(factor * to_float<T>(x[i]) + ADDEND);
+}
+
+struct Params {
+  const float* x;
+  float* y;
+  double factor;
+  int n;
+};
+
+__global__ void scaled_by_structure(const Params params) {
+  for (int i = threadIdx.x; i < params.n; i += blockDim.x) params.y[i] = params.x[i] * static_cast<float>(params.factor);
+}
+
+__global__ void indices(int* out) {
+  const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const int thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  out[block * blockDim.x * blockDim.y * blockDim.z + thread] = block * 1000 + thread;
+}
+
+template <class T>
+__global__ void round_trip(const float* x, T* y, float* z, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = from_float<T>(x[i]);
+    z[i] = unpack2<T>(pack2<T>(0, x[i])).y;
+  }
+}
+
+// d (16, 16) = a (16, 16) b (16, 16), or a b^T; by one warp.
+template <class T, bool TRANSPOSED>
+__global__ void product(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  T* tiles = reinterpret_cast<T*>(smem);
+  const int lane = lane_of();
+  for (int i = lane; i < 32; i += 32) {
+    for (int chunk = 0; chunk < 2; chunk++) {
+      cp_async_16(tiles + i * 8 + chunk * 256, (chunk ? b : a) + i * 8, true);
+    }
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  unsigned left[4], right[4];
+  ldmatrix_x4(left, tiles + lane % 16 * 16 + lane / 16 * 8);
+  if constexpr (TRANSPOSED) {
+    ldmatrix_x4(right, tiles + 256 + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8);
+  } else {
+    ldmatrix_x4_trans(right, tiles + 256 + lane % 16 * 16 + lane / 16 * 8);
+  }
+  for (int n = 0; n < 2; n++) {
+    float acc[4] = {};
+    const unsigned columns[2] = {right[2 * n], right[2 * n + 1]};
+    mma_m16n8k16<T>(acc, left, columns);
+    for (int e = 0; e < 4; e++) d[(lane / 4 + e / 2 * 8) * 16 + 8 * n + lane % 4 * 2 + e % 2] = acc[e];
+  }
+}
+
+// A row of out for each collective.
+__global__ void collectives(const int* x, int* out) {
+  const int i = threadIdx.x;
+  out[i] = shfl_xor(x[i], 5);
+  out[blockDim.x + i] = static_cast<int>(ballot(x[i] % 2 != 0));
+  out[2 * blockDim.x + i] = any_sync(x[i] == 40);
+  out[3 * blockDim.x + i] = popcount(static_cast<unsigned>(x[i]));
+}
+
+__global__ void block_sums(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* parts = reinterpret_cast<float*>(smem);
+  const float sum = warp_sum(x[blockIdx.x * blockDim.x + threadIdx.x]);
+  if (lane_of() == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  out[blockIdx.x] = 0;
+  for (int i = 0; i < blockDim.x / 32; i++) out[blockIdx.x] += parts[i];
+}
+
+// Three groups of a copy each; the last asks for zeros. At most UNFINISHED are under way when they are read.
+template <int UNFINISHED>
+__global__ void copies(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* own = reinterpret_cast<float*>(smem) + threadIdx.x * 12;
+  for (int i = 0; i < 3; i++) {
+    cp_async_16(own + 4 * i, x + threadIdx.x * 12 + 4 * i, i < 2);
+    cp_async_commit();
+  }
+  cp_async_wait<UNFINISHED>();
+  for (int i = 0; i < 12; i++) out[threadIdx.x * 12 + i] = own[i];
+}
+
+// Each thread reads what one of another warp wrote.
+template <bool BARRIER>
+__global__ void reversed(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* values = reinterpret_cast<float*>(smem);
+  values[threadIdx.x] = x[threadIdx.x];
+  if constexpr (BARRIER) __syncthreads();
+  out[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+// The same in a warp, for which a vote is no barrier and syncwarp is one.
+template <bool SYNC>
+__global__ void reversed_in_warp(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* values = reinterpret_cast<float*>(smem);
+  values[lane_of()] = x[lane_of()];
+  if constexpr (SYNC) syncwarp();
+  else any_sync(true);
+  out[lane_of()] = values[31 - lane_of()];
+}
+
+// Its second round may store before the first has been read.
+template <bool BARRIER>
+__global__ void reversed_twice(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  float* values = reinterpret_cast<float*>(smem);
+  for (int i = 0; i < 2; i++) {
+    values[threadIdx.x] = x[i * blockDim.x + threadIdx.x];
+    __syncthreads();
+    out[i * blockDim.x + threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+    if constexpr (BARRIER) __syncthreads();
+  }
+}
+
+__global__ void add_atomically(int* total, unsigned* bits) {
+  atomic_add(total, 1);
+  atomic_or(bits, 1u << lane_of());
+}
+
+__global__ void add_plainly(int* total) { *total += 1; }
+
+__global__ void mark_plainly(int* flag) { *flag = 1; }
+
+__global__ void half_a_warp_votes(int* out) {
+  if (lane_of() < 16) out[threadIdx.x] = any_sync(true);
+}
+
+__global__ void halves_of_a_warp_part(int* out) {
+  if (lane_of() < 16) out[threadIdx.x] = any_sync(true);
+  else out[threadIdx.x] = any_sync(false);
+}
+
+__global__ void half_a_block_waits() {
+  if (threadIdx.x < blockDim.x / 2) __syncthreads();
+}
+
+__global__ void halves_of_a_block_wait_apart() {
+  if (threadIdx.x < blockDim.x / 2) __syncthreads();
+  else
+    __syncthreads();
+}
+
+__global__ void reads_unwritten(float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  out[threadIdx.x] = reinterpret_cast<float*>(smem)[threadIdx.x];
+}
+
+__global__ void stores_shared(int at) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  smem[at] = 1;
+}
+
+__global__ void stores_global(float* x, long long at) { x[at] = 1; }
+
+__global__ void stores_vector(float* x, int at) { *reinterpret_cast<float4*>(x + at) = float4{1, 2, 3, 4}; }
+
+__global__ void divides(int* x) { x[0] = 1000 / x[0]; }
+
+__global__ void copies_from(const float* x, int at, int to) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  cp_async_16(smem + to, x + at, true);
+}
+
+__global__ void loads_matrices_at(int at) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  unsigned r[4];
+  ldmatrix_x4(r, smem + at);
+}
+
+__global__ void touches_a_copy(const float* x, float* out) {
+  extern __shared__ __align__(128) unsigned char smem[];
+  cp_async_16(smem, x, true);
+  *out = *reinterpret_cast<float*>(smem);
+}

@@ -1,0 +1,367 @@
+"""The emulator of CUDA kernels: that it computes what a GPU does, and that it finds what is wrong in a kernel."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+import cuda_emulator
+import numpy as np
+import pytest
+import torch
+from cuda_emulator import CompileError, EmulatedLauncher, KernelError
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(cuda_emulator.unavailable() is not None, reason=str(cuda_emulator.unavailable()))
+
+HERE = Path(cuda_emulator.__file__).parent
+SAMPLES = HERE / "samples"
+SOURCE = "samples.cu"
+TYPES = {torch.float16: "half", torch.bfloat16: "bf16"}
+
+KERNELS = (
+    *("scaled<half, 3>", "scaled<float, 0>", "scaled_by_structure", "indices", "collectives", "block_sums"),
+    *("round_trip<half>", "round_trip<bf16>", "copies<0>", "copies<1>", "copies<2>", "copies<3>"),
+    *(f"product<{t}, {transposed}>" for t in ("half", "bf16") for transposed in ("false", "true")),
+    *(f"{name}<{on}>" for name in ("reversed", "reversed_in_warp", "reversed_twice") for on in ("false", "true")),
+    *("add_atomically", "add_plainly", "mark_plainly", "half_a_warp_votes", "halves_of_a_warp_part"),
+    *("half_a_block_waits", "halves_of_a_block_wait_apart", "reads_unwritten", "stores_shared", "stores_global"),
+    *("stores_vector", "divides", "copies_from", "loads_matrices_at", "touches_a_copy"),
+)
+
+
+class Launchers:
+    """One for each order and mode, with all samples compiled at once."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self._made: dict[tuple[int | None, bool], EmulatedLauncher] = {}
+
+    def __call__(self, seed: int | None = None, is_checked: bool = False) -> EmulatedLauncher:
+        key = seed, is_checked
+        if key not in self._made:
+            self._made[key] = EmulatedLauncher(SAMPLES, seed, is_checked=is_checked, cache_dir=self.cache)
+            self._made[key].compile(SOURCE, KERNELS)
+        return self._made[key]
+
+
+@pytest.fixture(scope="module")
+def launchers(tmp_path_factory: pytest.TempPathFactory) -> Launchers:
+    return Launchers(tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(params=[(None, False), (1, False), (None, True), (2, True)], ids=str)
+def launcher(request: pytest.FixtureRequest, launchers: Launchers) -> EmulatedLauncher:
+    return launchers(*request.param)
+
+
+def line_of(kernel: str, text: str) -> str:
+    """Where the samples have a text first, in or after a kernel: "samples.cu:12"."""
+    lines = (SAMPLES / SOURCE).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if re.search(rf"\b{kernel}\(", line))
+    return f"{SOURCE}:{1 + next(i for i in range(start, len(lines)) if text in lines[i])}"
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).to(dtype)
+
+
+def test_arguments(launcher: EmulatedLauncher) -> None:
+    x = random(1000, dtype=torch.float16)
+    y = torch.zeros(2000, dtype=torch.float16)
+    args = [x, y, np.float32(2), np.int32(990), np.int64(2)]
+    launcher.launch(SOURCE, "scaled<half, 3>", 8, 128, 0, args)
+    expected = (2 * x.float() + 3).half()
+    expected[990:] = 0
+    assert torch.equal(y[::2], expected)
+    assert not y[1::2].any()
+
+
+def test_structure_as_argument(launcher: EmulatedLauncher) -> None:
+    kind = np.dtype([("x", "u8"), ("y", "u8"), ("factor", "f8"), ("n", "i4")], align=True)
+    x, y = random(100), torch.zeros(101)
+    record = np.array((x.data_ptr(), y.data_ptr(), 0.5, 100), kind)
+    for args in (record, record[()], [record]):
+        y.zero_()
+        launcher.launch(SOURCE, "scaled_by_structure", (1, 1, 1), (64, 1, 1), 0, args)
+        assert torch.equal(y, torch.cat([x * 0.5, torch.zeros(1)]))
+
+
+@pytest.mark.parametrize(
+    ("at", "arg", "message"),
+    [
+        (0, np.float32(1), "argument 0: expected a pointer of 8 bytes, got a floating point number of 4"),
+        (2, 2.0, "argument 2: expected a tensor, a NumPy scalar or .*, got float 2.0"),
+        (2, np.float64(2), "argument 2: expected a floating point number of 4 bytes, got .* of 8 bytes"),
+        (3, np.float32(2), "argument 3: expected an integer of 4 bytes, got a floating point number"),
+        (4, np.int32(2), "argument 4: expected an integer of 8 bytes, got an integer of 4"),
+        (4, torch.zeros(1), "argument 4: expected an integer of 8 bytes, got torch.float32"),
+        (0, torch.zeros(1, device="meta"), "argument 0: expected a tensor on the CPU, got one on meta"),
+    ],
+)
+def test_wrong_arguments(launchers: Launchers, at: int, arg: Any, message: str) -> None:
+    args: list[Any] = [torch.zeros(1), torch.zeros(1), np.float32(1), np.int32(1), np.int64(1)]
+    args[at] = arg
+    with pytest.raises(TypeError, match=message):
+        launchers().launch(SOURCE, "scaled<float, 0>", 1, 32, 0, args)
+
+
+def test_wrong_launches(launchers: Launchers, tmp_path: Path) -> None:
+    launch = launchers().launch
+    out = torch.zeros(1)
+    with pytest.raises(TypeError, match="indices takes 1 arguments, got 2"):
+        launch(SOURCE, "indices", 1, 32, 0, [out, out])
+    with pytest.raises(ValueError, match=r"got source='other\.cu': expected one of samples\.cu"):
+        launch("other.cu", "indices", 1, 32, 0, [out])
+    with pytest.raises(ValueError, match=r"got grid=\(1, 0\): expected one to three positive sizes"):
+        launch(SOURCE, "indices", (1, 0), 32, 0, [out])
+    with pytest.raises(ValueError, match="got block=1025: expected at most 1024 threads"):
+        launch(SOURCE, "indices", 1, 1025, 0, [out])
+    with pytest.raises(ValueError, match="got shared_bytes=-1: expected 0 to"):
+        launch(SOURCE, "indices", 1, 32, -1, [out])
+    with pytest.raises(CompileError, match="unknown_kernel"):
+        launch(SOURCE, "unknown_kernel<1>", 1, 32, 0, [out])
+    with pytest.raises(ValueError, match=r"which holds no \.cu file"):
+        EmulatedLauncher(tmp_path)
+
+
+def test_indices(launcher: EmulatedLauncher) -> None:
+    out = torch.full((24, 30), -1, dtype=torch.int32)
+    launcher.launch(SOURCE, "indices", (2, 3, 4), (5, 3, 2), 0, [out])
+    assert torch.equal(out, torch.arange(24)[:, None] * 1000 + torch.arange(30))
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rounding(launchers: Launchers, dtype: torch.dtype) -> None:
+    """To nearest even, past the largest number and below the smallest, of halfway cases as well."""
+    exact = torch.arange(2**15).to(torch.int16).view(dtype).float()
+    exact = exact[exact.isfinite()][::3]
+    halfway = (exact[1:].double() + exact[:-1].double()).div(2).float()
+    special = torch.tensor([torch.inf, torch.nan, 1e30, 3e38, 1e-45, 65520.0, 65519.0])
+    x = torch.cat(
+        [exact, halfway, halfway.nextafter(torch.tensor(torch.inf)), halfway.nextafter(-special[:1]), special]
+    )
+    x = torch.cat([x, -x])
+    y, z = torch.zeros(len(x), dtype=dtype), torch.zeros(len(x))
+    launchers().launch(SOURCE, f"round_trip<{TYPES[dtype]}>", 1, 1024, 0, [x, y, z, np.int32(len(x))])
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(z, x.to(dtype).float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrix_product(launcher: EmulatedLauncher, dtype: torch.dtype, transposed: bool) -> None:
+    a, b = random(2, 16, 16, dtype=dtype)
+    d = torch.empty(16, 16)
+    launcher.launch(SOURCE, f"product<{TYPES[dtype]}, {str(transposed).lower()}>", 1, 32, 1024, [a, b, d])
+    torch.testing.assert_close(d, a.float() @ (b.mT if transposed else b).float())
+
+
+def test_collectives(launcher: EmulatedLauncher) -> None:
+    x = torch.arange(64, dtype=torch.int32) * 7 % 50
+    out = torch.empty(4, 64, dtype=torch.int32)
+    launcher.launch(SOURCE, "collectives", 1, 64, 0, [x, out])
+    lanes = torch.arange(64)
+    votes = [int(sum((int(value) & 1) << i for i, value in enumerate(warp))) for warp in x.view(2, 32)]
+    assert torch.equal(out[0], x[lanes ^ 5])
+    assert [int(vote) & 0xFFFFFFFF for vote in out[1, ::32]] == votes
+    assert (out[1].view(2, 32) == out[1].view(2, 32)[:, :1]).all()
+    assert torch.equal(out[2].view(2, 32), (x.view(2, 32) == 40).any(1, keepdim=True).expand(2, 32).int())
+    assert out[3].tolist() == [int(value).bit_count() for value in x]
+
+
+def test_block_sums(launcher: EmulatedLauncher) -> None:
+    x, out = random(10, 256), torch.empty(10)
+    launcher.launch(SOURCE, "block_sums", 10, 256, 64, [x, out])
+    torch.testing.assert_close(out, x.sum(1))
+
+
+@pytest.mark.parametrize("unfinished", [0, 1, 2, 3])
+def test_copies_land_when_waited_for(launchers: Launchers, unfinished: int) -> None:
+    x, out = random(64, 3, 4), torch.zeros(64, 3, 4)
+    launchers().launch(SOURCE, f"copies<{unfinished}>", 1, 64, 64 * 48, [x, out])
+    landed = 3 - unfinished
+    assert torch.equal(out[:, : min(landed, 2)], x[:, : min(landed, 2)])
+    assert not out[:, 2:landed].any()
+    assert out[:, landed:].isnan().all()
+
+
+def test_copies_under_way_are_not_touched(launchers: Launchers) -> None:
+    with pytest.raises(KernelError, match=r"touched while a cp\.async to it is under way: byte 0 of shared memory"):
+        launchers(is_checked=True).launch(SOURCE, "touches_a_copy", 1, 1, 64, [torch.zeros(4), torch.zeros(1)])
+
+
+def test_unwritten_shared_memory_is_nan(launchers: Launchers) -> None:
+    out = torch.zeros(3, 64)
+    launchers().launch(SOURCE, "reads_unwritten", 1, 64, 256, [out])
+    assert out[0].isnan().all()
+
+
+class TestMissingBarrier:
+    """Shows in another order, and is named with checks."""
+
+    @pytest.mark.parametrize("kernel", ["reversed", "reversed_in_warp", "reversed_twice"])
+    def test_right(self, launcher: EmulatedLauncher, kernel: str) -> None:
+        n = 32 if "warp" in kernel else 128
+        x, out = random(2, n), torch.zeros(2, n)
+        launcher.launch(SOURCE, f"{kernel}<true>", 1, n, 4 * n, [x, out])
+        last = 2 if "twice" in kernel else 1
+        assert torch.equal(out[:last], x[:last].flip(1))
+
+    @pytest.mark.parametrize("kernel", ["reversed", "reversed_twice"])
+    def test_shows_in_another_order(self, launchers: Launchers, kernel: str) -> None:
+        x = random(2, 128)
+        outs = [torch.zeros(2, 128) for _ in range(4)]
+        for seed, out in enumerate(outs):
+            launchers(seed).launch(SOURCE, f"{kernel}<false>", 1, 128, 512, [x, out])
+        assert not any(torch.equal(out, x.flip(1)) for out in outs)
+        assert not all(torch.equal(out.nan_to_num(), outs[0].nan_to_num()) for out in outs)
+
+    @pytest.mark.parametrize("kernel", ["reversed", "reversed_in_warp", "reversed_twice"])
+    def test_named(self, launchers: Launchers, kernel: str) -> None:
+        n = 32 if "warp" in kernel else 128
+        x, out = random(2, n), torch.zeros(2, n)
+        read, written = line_of(kernel, "= values["), line_of(kernel, "] = x[")
+        first = rf"race: written without a barrier after thread \d+ of block 0 has read it at {read}: .* at {written}"
+        second = rf"race: read without a barrier after thread \d+ of block 0 has written it at {written}: .* at {read}"
+        with pytest.raises(KernelError, match=rf"{first}|{second}"):
+            launchers(is_checked=True).launch(SOURCE, f"{kernel}<false>", 1, n, 4 * n, [x, out])
+
+
+def test_races_between_blocks(launchers: Launchers) -> None:
+    launch = launchers(is_checked=True).launch
+    total, bits = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    launch(SOURCE, "add_atomically", 3, 64, 0, [total, bits])
+    assert total.tolist() == [192]
+    assert bits.tolist() == [-1]
+    launch(SOURCE, "mark_plainly", 3, 64, 0, [bits])
+    assert bits.tolist() == [1]
+    with pytest.raises(KernelError, match=r"race: read without a barrier after thread 0 of block 0 has written"):
+        launch(SOURCE, "add_plainly", 2, 1, 0, [total])
+    with pytest.raises(
+        KernelError, match=r"thread \(1, 0, 0\) of block \(0, 0, 0\) at " + line_of("add_plainly", "+=")
+    ):
+        launch(SOURCE, "add_plainly", 1, 2, 0, [total])
+
+
+def test_divergence(launcher: EmulatedLauncher) -> None:
+    out = torch.zeros(64, dtype=torch.int32)
+    line = line_of("half_a_warp_votes", "any_sync")
+    expected = rf"divergence: a part of a warp .* warp \d: lanes 0-15 any_sync at {line}, lanes 16-31 ended"
+    with pytest.raises(KernelError, match=expected):
+        launcher.launch(SOURCE, "half_a_warp_votes", 1, 64, 0, [out])
+    with pytest.raises(KernelError, match="divergence: the lanes of a warp reach different collectives"):
+        launcher.launch(SOURCE, "halves_of_a_warp_part", 1, 64, 0, [out])
+    with pytest.raises(KernelError, match="any_sync in a warp of 16 threads: expected 32"):
+        launcher.launch(SOURCE, "half_a_warp_votes", 1, 16, 0, [out])
+
+
+def test_barriers(launcher: EmulatedLauncher) -> None:
+    line = line_of("half_a_block_waits", "__syncthreads")
+    expected = (
+        rf"barrier not reached by all threads; block \(0, 0, 0\), warps 0-1: lanes 0-31 __syncthreads at {line}, "
+    )
+    with pytest.raises(KernelError, match=expected + "warps 2-3: lanes 0-31 ended"):
+        launcher.launch(SOURCE, "half_a_block_waits", 1, 128, 0, [])
+    with pytest.raises(KernelError, match="the threads of a block reach different barriers"):
+        launcher.launch(SOURCE, "halves_of_a_block_wait_apart", 1, 128, 0, [])
+
+
+@pytest.mark.parametrize("at", [-1, 100, 127, 128, 70_000, 2_000_000])
+def test_shared_memory_has_bounds(launcher: EmulatedLauncher, at: int) -> None:
+    with pytest.raises(KernelError, match=rf"out of bounds: byte {at} of shared memory|invalid memory access"):
+        launcher.launch(SOURCE, "stores_shared", 1, 1, 100, [np.int32(at)])
+    launcher.launch(SOURCE, "stores_shared", 1, 1, 100, [np.int32(99)])
+
+
+@pytest.mark.parametrize("at", [-1, 10, 11])
+def test_tensors_have_bounds(launchers: Launchers, at: int) -> None:
+    memory = torch.zeros(30)
+    where = "4 bytes before the start of" if at < 0 else f"{4 * at - 39} bytes past the last of"
+    expected = rf"accessed out of bounds: 0x\w+, {where} a tensor of 40; .* at {line_of('stores_global', 'x[at]')}"
+    with pytest.raises(KernelError, match=expected):
+        launchers(is_checked=True).launch(SOURCE, "stores_global", 1, 1, 0, [memory[10:20], np.int64(at)])
+    assert not memory.any()
+    launchers(is_checked=True).launch(SOURCE, "stores_global", 1, 1, 0, [memory[10:20], np.int64(9)])
+    assert memory[19] == 1
+
+
+def test_structures_point_to_tensors(launchers: Launchers) -> None:
+    kind = np.dtype([("x", "u8"), ("y", "u8"), ("factor", "f8"), ("n", "i4")], align=True)
+    x, y = random(100), torch.zeros(100)
+    launcher = launchers(is_checked=True)
+    record = np.array((x.data_ptr(), y.data_ptr(), 0.5, 101), kind)
+    with pytest.raises(KernelError, match="1 bytes past the last of a tensor of 400"):
+        launcher.launch(SOURCE, "scaled_by_structure", 1, 32, 0, record)
+    with pytest.raises(ValueError, match=r"got y=0x\w+, where no tensor starts that is in use"):
+        launcher.launch(SOURCE, "scaled_by_structure", 1, 32, 0, np.array((x.data_ptr(), 4096, 0.5, 100), kind))
+
+
+def test_faults(launcher: EmulatedLauncher) -> None:
+    """A segmentation fault is an error like others, after which kernels run as before."""
+    stored, divided = line_of("stores_global", "x[at]"), line_of("divides", "/")
+    for _ in range(2):
+        with pytest.raises(KernelError, match=f"(invalid memory access|out of bounds).* at {stored}"):
+            launcher.launch(SOURCE, "stores_global", 1, 1, 0, [None, np.int64(0)])
+        if launcher.is_checked or platform.machine() == "x86_64":
+            with pytest.raises(KernelError, match=f"division of an integer by zero.* at {divided}"):
+                launcher.launch(SOURCE, "divides", 1, 1, 0, [torch.zeros(1, dtype=torch.int32)])
+    test_block_sums(launcher)
+
+
+def test_alignment(launcher: EmulatedLauncher) -> None:
+    x = torch.zeros(64)
+    if launcher.is_checked:
+        with pytest.raises(
+            KernelError, match=r"not aligned to 16 bytes: byte 4 of .* at " + line_of("stores_vector", "=")
+        ):
+            launcher.launch(SOURCE, "stores_vector", 1, 1, 0, [x, np.int32(1)])
+    launcher.launch(SOURCE, "stores_vector", 1, 1, 0, [x, np.int32(4)])
+    assert x[4:8].tolist() == [1, 2, 3, 4]
+    with pytest.raises(KernelError, match=r"ldmatrix_x4 at byte 8 of shared memory.*: expected a multiple of 16"):
+        launcher.launch(SOURCE, "loads_matrices_at", 1, 32, 64, [np.int32(8)])
+    with pytest.raises(KernelError, match="ldmatrix_x4 out of bounds: byte 64 of shared memory, which has 64"):
+        launcher.launch(SOURCE, "loads_matrices_at", 1, 32, 64, [np.int32(64)])
+    for at, to, message in (
+        (1, 0, "from 0x.*: expected a multiple of 16"),
+        (0, 8, "to 0x.*: expected a multiple of 16"),
+        (64, 0, "from memory out of bounds: 0x.*, 1 bytes past the last of a tensor of 256"),
+        (0, 64, "to memory out of bounds: byte 64 of shared memory, which has 64"),
+    ):
+        with pytest.raises(KernelError, match=rf"cp\.async {message}.* at " + line_of("copies_from", "cp_async_16")):
+            launcher.launch(SOURCE, "copies_from", 1, 1, 64, [x, np.int32(at), np.int32(to)])
+
+
+def test_compiled_kernels_are_kept(launchers: Launchers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    source = kernels / "one.cu"
+    source.write_text("__global__ void store(int* x) { *x = VALUE; }\n")
+    x = torch.zeros(1, dtype=torch.int32)
+
+    def launch(value: int) -> int:
+        launcher = EmulatedLauncher(kernels, cache_dir=launchers.cache, flags=[f"-DVALUE={value}"])
+        launcher.launch("one.cu", "store", 1, 1, 0, [x])
+        return int(x)
+
+    assert [launch(1), launch(2)] == [1, 2]
+    source.write_text("__global__ void store(int* x) { *x = -VALUE; }\n")
+    assert launch(1) == -1
+    monkeypatch.setattr(cuda_emulator, "_run", lambda command, folder: pytest.fail(f"compiled again: {command}"))
+    assert launch(1) == -1
+
+
+def test_the_same_functions_as_on_a_gpu() -> None:
+    """Those of the emulator's ptx.cuh are those of the kernels' own, no more and no fewer."""
+    from adasplash2.backends.cupy_cuda.launcher import KERNELS as kernels
+
+    def functions(path: Path) -> set[str]:
+        code = re.sub(r"namespace emulator \{.*?\n\}  // namespace emulator", "", path.read_text(), flags=re.DOTALL)
+        return set(re.findall(r"^(?:__device__ __forceinline__|inline) [\w<>]+ (\w+)(?:<\w+>)?\(", code, re.MULTILINE))
+
+    only_below_ampere, on_device_only = {"mma_m16n8k8"}, {"smem_address"}
+    own, emulated = functions(kernels / "ptx.cuh"), functions(HERE / "include" / "ptx.cuh")
+    assert len(emulated) > 15
+    assert own - only_below_ampere - on_device_only == emulated
