@@ -56,7 +56,7 @@ def convert(
         ValueError: alpha out of its range; no softmax attention was found; a dropout of weights, unless it is to be
             ignored; alpha to be learned in a transformers model. The model is then as it was.
     """
-    checked_alpha("alpha", alpha, learned=learnable_alpha)
+    alpha = checked_alpha("alpha", alpha, learned=learnable_alpha)
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     for name, module in found.items():
         if type(module) is not nn.MultiheadAttention:
@@ -102,11 +102,15 @@ def _transformers_models(model: nn.Module) -> list[Any]:
 
 
 def _served_by_transformers(model: nn.Module) -> list[Any]:
-    """The modules whose config says that transformers calls this package: among them, all its attention modules."""
+    """The modules whose config says that transformers calls this package: among them, all its attention modules.
+
+    Those that learn an alpha are left out.
+    """
     return [
         module
         for module in model.modules()
         if getattr(getattr(module, "config", None), "_attn_implementation", None) == _ATTN_IMPLEMENTATION
+        and not isinstance(getattr(module, "entmax_alpha", None), nn.Parameter)
     ]
 
 
@@ -119,6 +123,8 @@ def _set_attn_implementation(model: Any, alpha: float, backend: str) -> None:
     if not served:
         raise ValueError(f"model is a {type(model).__qualname__}, which does not let its attention be chosen")
     for module in served:
+        # The module's, which an AlphaSchedule may have left, would come before the config's.
+        module.entmax_alpha = None
         module.config.entmax_alpha = alpha
 
 
@@ -162,11 +168,7 @@ class AlphaSchedule:
         self._modules = [
             module for module in model.modules() if isinstance(module, EntmaxAttention) and module.alpha_logit is None
         ]
-        self._served = [
-            module
-            for module in _served_by_transformers(model)
-            if not isinstance(getattr(module, "entmax_alpha", None), nn.Parameter)
-        ]
+        self._served = _served_by_transformers(model)
         if not self._modules and not self._served:
             raise ValueError(
                 f"model is a {type(model).__qualname__} without entmax attention whose alpha is not learned: expected "
