@@ -117,7 +117,7 @@ class EmulatedLauncher:
         self.kernels_dir = Path(kernels_dir)
         self.seed = seed
         self.is_checked = is_checked
-        self._cache = Path(cache_dir) if cache_dir else _temporary_cache()
+        self._cache = Path(cache_dir).absolute() if cache_dir else _temporary_cache()
         self._flags = ["-O1", "-include", "emulator.hpp", "-I.", "-Wno-unknown-pragmas", *flags]
         self._kernels: dict[tuple[str, str], _Kernel] = {}
         files = sorted(file for file in self.kernels_dir.rglob("*.cu*") if file.name != "ptx.cuh")
@@ -194,24 +194,27 @@ class EmulatedLauncher:
             text += f"const emulator::Kernel kernel_{i} = emulator::describe({kernel});\n"
         flags = [*self._flags, *_CHECKS] if self.is_checked else self._flags
         sources = self._sources | _files("include") | {"instantiations.cpp": text}
-        path = self._built(sources, ["instantiations.cpp"], flags)
-        _ = self._runtime  # whose symbols the kernels' library needs
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(self._built(sources, ["instantiations.cpp"], flags, [str(self._runtime_path)])))
         for i, kernel in enumerate(missing):
             self._kernels[source, kernel] = _Kernel.in_dll(library, f"kernel_{i}")
 
     @functools.cached_property
-    def _runtime(self) -> ctypes.CDLL:
+    def _runtime_path(self) -> Path:
         sources = _files("include") | _files("runtime", "runtime/")
-        path = self._built(sources, _RUNTIME_SOURCES, ["-O3", "-Wall", "-Wextra", "-Iinclude", "-I."])
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        return self._built(sources, _RUNTIME_SOURCES, ["-O3", "-Wall", "-Wextra", "-Iinclude", "-I."], ["-ldl"])
+
+    @functools.cached_property
+    def _runtime(self) -> ctypes.CDLL:
+        library = ctypes.CDLL(str(self._runtime_path))
         library.emulator_launch.restype = ctypes.c_int
         return library
 
-    def _built(self, sources: dict[str, str], mains: Sequence[str], flags: Sequence[str]) -> Path:
+    def _built(
+        self, sources: dict[str, str], mains: Sequence[str], flags: Sequence[str], linked: Sequence[str]
+    ) -> Path:
         """The library made of these sources, from the cache or new."""
         flags = ["-std=c++17", "-march=native", "-fPIC", "-g1", "-gdwarf-4", *flags]
-        parts = repr((_toolchain(), flags, mains, sorted(sources.items())))
+        parts = repr((_toolchain(), flags, linked, mains, sorted(sources.items())))
         target = self._cache / hashlib.sha256(parts.encode()).hexdigest()[:32]
         library = target / "library.so"
         if library.exists():
@@ -226,7 +229,7 @@ class EmulatedLauncher:
             objects = [f"{Path(main).stem}.o" for main in mains]
             for main, compiled in zip(mains, objects, strict=True):
                 _run(["g++", *flags, "-c", main, "-o", compiled], folder)
-            _run(["g++", "-shared", *objects, "-o", library.name, "-ldl"], folder)
+            _run(["g++", "-shared", *objects, *linked, "-o", library.name], folder)
             try:
                 folder.rename(target)
             except OSError:
