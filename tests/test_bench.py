@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def rows(name: str, speeds: dict[int, float]) -> list[report.Row]:
 
 def test_the_picture_shows_the_speeds() -> None:
     found = [*rows("softmax", {64: 1, 128: 1}), *rows("numba", {128: 3.0, 64: 2.0}), *rows("other", {64: 0.5})]
-    figure = report.picture(found, "title")
+    figure: Any = report.picture(found, "title")
     assert figure.get_suptitle() == "title"
     for axes in figure.axes:
         curves = {line.get_label(): list(map(list, line.get_data())) for line in axes.lines}
@@ -153,7 +154,7 @@ def test_what_was_measured_outlives_a_failure(
 ) -> None:
     support = Case.support
 
-    def fails(self: Case, *args: object, **options: object) -> dict[str, float]:
+    def fails(self: Case, *args: Any, **options: Any) -> dict[str, float]:
         if self.kind == "narrow":
             raise RuntimeError("out of memory")
         return support(self, *args, **options)
@@ -169,9 +170,10 @@ def test_what_was_measured_outlives_a_failure(
 def test_ctrl_c_prints_what_it_has(
     done: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interleaved, calls = measure.interleaved, []
+    interleaved = measure.interleaved
+    calls: list[object] = []
 
-    def interrupted(*args: object, **options: object) -> object:
+    def interrupted(*args: Any, **options: Any) -> object:
         calls.append(args)
         if len(calls) > done:
             raise KeyboardInterrupt

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,23 +24,23 @@ matplotlib.use("Agg")
 
 
 @pytest.fixture
-def ax() -> Iterator[Axes]:
-    """Axes without pyplot; whatever was drawn must be possible to render."""
+def ax() -> Iterator[Any]:
+    """Axes without pyplot, untyped because matplotlib's types are vague; what was drawn must be possible to render."""
     figure = Figure()
     yield figure.subplots()
     figure.canvas.draw()
 
 
-def picture(axes: Axes, index: int = -1) -> Tensor:
+def picture(axes: Any, index: int = -1) -> Tensor:
     """The data of an image, 0 where nothing is drawn."""
     return torch.from_numpy(np.ma.filled(axes.images[index].get_array().astype(float), 0)).nan_to_num()
 
 
-def labels(axes: Axes) -> tuple[list[str], list[str]]:
+def labels(axes: Any) -> tuple[list[str], list[str]]:
     return [text.get_text() for text in axes.get_xticklabels()], [text.get_text() for text in axes.get_yticklabels()]
 
 
-def test_weight_map(ax: Axes) -> None:
+def test_weight_map(ax: Any) -> None:
     weights = torch.tensor([[1.0, 0.0, 0.0], [1e-9, 1.0, 0.0], [0.0, 0.25, 0.75]])
     assert plot.weight_map(weights, is_causal=True, tokens=["a", "b", "c"], ax=ax) is ax
     assert picture(ax).float().equal(weights)
@@ -48,13 +48,13 @@ def test_weight_map(ax: Axes) -> None:
     assert ax.get_title() == "17% of these weights are zero (white)"
     assert labels(ax) == (["a", "b", "c"],) * 2
     # A weight has a colour, however small it is, and a zero has none.
-    colors = ax.images[-1].cmap(ax.images[-1].norm(ax.images[-1].get_array()))
+    colors: Any = ax.images[-1].cmap(ax.images[-1].norm(ax.images[-1].get_array()))
     assert ((colors[..., 3] > 0) == (weights > 0).numpy()).all()
     assert len(ax.figure.axes) == 2
     assert ax.figure.axes[1].get_ylabel() == "weight"
 
 
-def test_labels_are_left_out_where_they_cannot_be_read(ax: Axes) -> None:
+def test_labels_are_left_out_where_they_cannot_be_read(ax: Any) -> None:
     plot.weight_map(torch.full((2, 80), 1 / 80), tokens=["key"] * 80, query_tokens=["a", "b"], colorbar=False, ax=ax)
     columns, rows = labels(ax)
     assert rows == ["a", "b"]
@@ -64,12 +64,12 @@ def test_labels_are_left_out_where_they_cannot_be_read(ax: Axes) -> None:
 
 @pytest.mark.parametrize("library", ["torch", "numpy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_support_map_of_one_head(dtype: torch.dtype, library: str, ax: Axes) -> None:
+def test_support_map_of_one_head(dtype: torch.dtype, library: str, ax: Any) -> None:
     """Grouped heads, an alpha for each, padding, more keys than queries: against entmax of the scores."""
     made = make_inputs("wide", batch=2, heads_q=4, heads_kv=2, seqlen_q=70, seqlen_k=90, head_dim=16, dtype=dtype)
     alpha = torch.tensor([1.1, 1.3, 2.0, 1.5])
     lengths = torch.tensor([9, 60]), torch.tensor([8, 85])
-    given = [made.q, made.k, alpha, *lengths]
+    given: list[Any] = [made.q, made.k, alpha, *lengths]
     if library == "numpy":
         given = [tensor.numpy() for tensor in given]
     q, k, alpha_heads, seqlens_q, seqlens_k = given
@@ -87,7 +87,7 @@ def test_support_map_of_one_head(dtype: torch.dtype, library: str, ax: Axes) -> 
     assert labels(ax)[1] == tokens[25:]
 
 
-def test_support_map_of_softmax_has_no_zeros(ax: Axes) -> None:
+def test_support_map_of_softmax_has_no_zeros(ax: Any) -> None:
     made = make_inputs("iid", seqlen_q=20, head_dim=8)
     plot.support_map(made.q.requires_grad_(), made.k, alpha=1.0, ax=ax)
     expected = torch.softmax(made.q[0, 0] @ made.k[0, 0].T / 8**0.5, -1)
@@ -95,7 +95,7 @@ def test_support_map_of_softmax_has_no_zeros(ax: Axes) -> None:
     assert ax.get_title().startswith("0% ")
 
 
-def test_support_map_of_a_long_sequence_is_one_of_blocks(ax: Axes) -> None:
+def test_support_map_of_a_long_sequence_is_one_of_blocks(ax: Any) -> None:
     made = make_inputs("topics", heads_q=2, seqlen_q=301, seqlen_k=320, head_dim=16)
     plot.support_map(made.q, made.k, head=1, is_causal=True, max_size=64, ax=ax)
     stats = adasplash2.support(made.q, made.k, is_causal=True, block_m=5, block_n=5)
@@ -104,7 +104,7 @@ def test_support_map_of_a_long_sequence_is_one_of_blocks(ax: Axes) -> None:
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 320), (301, 0))
 
 
-def test_block_map(ax: Axes) -> None:
+def test_block_map(ax: Any) -> None:
     made = make_inputs("drifting", batch=2, heads_q=2, seqlen_q=100, head_dim=16)
     stats = adasplash2.support(made.q, made.k, is_causal=True, block_m=16, block_n=8)
     plot.block_map(stats, batch=1, head=1, is_causal=True, ax=ax)
@@ -127,7 +127,7 @@ def stats_of(size: Tensor, block_map: Tensor | None = None, block: int = 1) -> S
     return SupportStats(torch.zeros(size.shape), size.int(), block_map, block, block, 0.5, 0.5)
 
 
-def test_a_large_block_map_is_drawn_coarser(ax: Axes) -> None:
+def test_a_large_block_map_is_drawn_coarser(ax: Any) -> None:
     blocks = torch.zeros(1, 1, 7, 10, dtype=torch.bool)
     blocks[0, 0, 6, 9] = blocks[0, 0, 0, 3] = True
     plot.block_map(stats_of(torch.ones(1, 1, 28), blocks, block=4), seqlen_k=39, max_size=4, ax=ax)
@@ -138,7 +138,7 @@ def test_a_large_block_map_is_drawn_coarser(ax: Axes) -> None:
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 39), (28, 0))
 
 
-def test_support_sizes(ax: Axes) -> None:
+def test_support_sizes(ax: Any) -> None:
     """Two layers with 2 heads and 1: the third head sees nothing in half of its rows."""
     sizes = torch.tensor([[[1, 1, 2, 40], [3, 3, 3, 3]], [[1, 2, 2, 40], [3, 3, 3, 3]]])
     plot.support_sizes([stats_of(sizes), stats_of(torch.tensor([[[0, 5, 0, 7]]]))], ax=ax)
@@ -162,14 +162,14 @@ def test_support_sizes(ax: Axes) -> None:
     assert ax.get_ylim() == (3, 0)
 
 
-def test_support_sizes_of_one_layer(ax: Axes) -> None:
+def test_support_sizes_of_one_layer(ax: Any) -> None:
     made = make_inputs("iid", heads_q=3, seqlen_q=64, head_dim=8)
     stats = adasplash2.support(made.q, made.k, is_causal=True)
     plot.support_sizes(stats, ax=ax)
     assert list(ax.lines[0].get_xdata()) == pytest.approx(stats.size.double().mean((0, 2)).tolist())
 
 
-def test_alpha_over_training(ax: Axes) -> None:
+def test_alpha_over_training(ax: Any) -> None:
     history = 1 + torch.rand(5, 2, 3)
     plot.alpha_over_training(history, steps=range(0, 50, 10), ax=ax)
     assert len(ax.lines) == 6
@@ -184,7 +184,7 @@ def test_alpha_over_training(ax: Axes) -> None:
     assert high > 2
 
 
-def test_alpha_over_training_of_layers_that_differ(ax: Axes) -> None:
+def test_alpha_over_training_of_layers_that_differ(ax: Any) -> None:
     first, second = torch.tensor([1.5, 1.6], requires_grad=True), np.array([1.1])
     plot.alpha_over_training([(first, second, 1.3), (2 - first / 3, second + 0.1, 1.4)], ax=ax)
     assert [list(line.get_ydata()) for line in ax.lines] == [
@@ -196,15 +196,17 @@ def test_without_axes_there_is_a_new_figure() -> None:
     from matplotlib import pyplot
 
     try:
-        first = plot.weight_map(torch.eye(2))
-        second = plot.alpha_over_training([[1.5]])
+        first: Any = plot.weight_map(torch.eye(2))
+        second: Any = plot.alpha_over_training([[1.5]])
         assert first.figure is not second.figure
         assert pyplot.get_fignums() == [first.figure.number, second.figure.number]
     finally:
         pyplot.close("all")
 
 
-Q = torch.ones(1, 2, 4, 8)
+# Of any type, for they are put in wrong places.
+Q: Any = torch.ones(1, 2, 4, 8)
+ONE: Any = 1.0
 STATS = stats_of(torch.ones(1, 1, 4), torch.ones(1, 1, 2, 2, dtype=torch.bool), block=2)
 NAN = Q.clone().index_fill_(2, torch.tensor([1]), torch.nan)
 
@@ -222,7 +224,7 @@ NAN = Q.clone().index_fill_(2, torch.tensor([1]), torch.nan)
         (lambda: plot.support_map(Q, Q, alpha=3.0), ValueError, "alpha=3.0"),
         (lambda: plot.support_map(Q, Q, head=2), ValueError, "head=2: expected 0 to 1"),
         (lambda: plot.support_map(Q, Q, batch=-1), ValueError, "batch=-1: expected 0 to 0"),
-        (lambda: plot.support_map(Q, Q, head=1.0), TypeError, "head=1.0: expected an int"),
+        (lambda: plot.support_map(Q, Q, head=ONE), TypeError, "head=1.0: expected an int"),
         (lambda: plot.support_map(Q, Q, max_size=0), ValueError, "max_size=0: expected at least 1"),
         (lambda: plot.support_map(Q, Q, max_size=2, tokens=["a"]), ValueError, "tokens: 1 of them; expected 4"),
         (lambda: plot.support_map(Q, Q, alpha=1, max_size=2), ValueError, "softmax has no tau"),
@@ -242,7 +244,7 @@ NAN = Q.clone().index_fill_(2, torch.tensor([1]), torch.nan)
         (lambda: plot.alpha_over_training([[1.5]], steps=[1, 2]), ValueError, "steps: 2 of them; expected 1"),
     ],
 )
-def test_bad_arguments_are_named(call: object, error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_named(call: Callable[[], object], error: type[Exception], message: str) -> None:
     from matplotlib import pyplot
 
     with pytest.raises(error, match=message):
