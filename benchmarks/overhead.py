@@ -1,0 +1,131 @@
+"""What the front costs: checks, choice of a backend and autograd, over calling the backend's functions directly.
+
+    python benchmarks/overhead.py [DEVICE] [--backend NAME] [--rounds N] [--json FILE]
+
+On inputs so small that the host's work is all there is. Host time of one call, the device idle before it; each round
+makes every call once, in an order of its own, and a difference is taken inside a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Spread, spread
+from rich.console import Console
+from rich.table import Table
+from stamp import stamp
+
+import adasplash2
+from adasplash2 import registry
+from adasplash2.contract import AttentionRequest
+
+__all__ = ["main", "measure", "show"]
+
+SHAPE = (1, 1, 4, 16)
+SCALE = 0.25
+WARM_UP = 100
+
+Calls = dict[str, Callable[[], object]]
+
+
+def calls(device: torch.device, backend: str) -> dict[str, Calls]:
+    """By mode, the call through the front and the same work without it."""
+    served = registry.find(backend).backend
+    if isinstance(served, str):
+        raise SystemExit(f"backend {backend} cannot run here: {served}")
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.randn(SHAPE, generator=generator).to(device) for _ in range(3)]
+    leaves = [tensor.clone().requires_grad_() for tensor in plain]
+    dout = torch.ones_like(plain[2])
+    request = AttentionRequest(*plain, SCALE)
+    saving = AttentionRequest(*plain, SCALE, save_for_backward=True)
+
+    def front(arguments: Sequence[torch.Tensor]) -> Any:
+        return adasplash2.attention(*arguments, scale=SCALE, backend=backend)
+
+    def both() -> object:
+        _, tau, saved = served.forward(saving)
+        return served.backward(saving, tau, saved, dout)
+
+    return {
+        "forward": {"front": lambda: front(plain), "backend": lambda: served.forward(request)},
+        "forward, grad": {"front": lambda: front(leaves), "backend": lambda: served.forward(saving)},
+        "forward + backward": {
+            "front": lambda: torch.autograd.grad(front(leaves), leaves, dout),
+            "backend": both,
+        },
+    }
+
+
+def measure(device: torch.device, backend: str, rounds: int) -> dict[str, dict[str, Spread]]:
+    """Microseconds by mode: of the call through the front, of the backend alone, and of their difference."""
+    modes = calls(device, backend)
+    everything = [(mode, name, call) for mode, pair in modes.items() for name, call in pair.items()]
+    for _, _, call in everything:
+        for _ in range(WARM_UP):
+            call()
+    times: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in pair} for mode, pair in modes.items()}
+    order = random.Random(0)
+    for _ in range(rounds):
+        order.shuffle(everything)
+        for mode, name, call in everything:
+            times[mode][name].append(_host_microseconds(call, device))
+    found = {}
+    for mode, pair in times.items():
+        difference = [front - alone for front, alone in zip(pair["front"], pair["backend"], strict=True)]
+        found[mode] = {name: spread(values) for name, values in (pair | {"overhead": difference}).items()}
+    return found
+
+
+def _host_microseconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter_ns()
+    call()
+    return 1e-3 * (time.perf_counter_ns() - start)
+
+
+def show(found: dict[str, dict[str, Spread]], console: Console) -> None:
+    """Print the table, in microseconds."""
+    table = Table("mode", "front", "backend alone", "overhead", "20% to 80%")
+    for mode, spreads in found.items():
+        overhead = spreads["overhead"]
+        medians = (f"{spreads[name].median:.1f} us" for name in ("front", "backend", "overhead"))
+        table.add_row(mode, *medians, f"{overhead.q20:.1f} to {overhead.q80:.1f} us")
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and write what was measured if a file is named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", default="cpu", type=torch.device, help="cpu by default")
+    parser.add_argument("--backend", help="by default the first that serves the device")
+    parser.add_argument("--rounds", type=int, default=2000)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    backend = options.backend
+    if backend is None:
+        x = torch.ones(SHAPE, device=options.device)
+        backend = adasplash2.explain(x, x, x).chosen
+    if backend is None:
+        parser.error(f"device={options.device}: no backend serves it here")
+    found = measure(options.device, backend, options.rounds)
+    show(found, Console())
+    if options.json:
+        rows = {mode: {name: value._asdict() for name, value in spreads.items()} for mode, spreads in found.items()}
+        result = {"stamp": stamp(options.device), "backend": backend, "rounds": options.rounds, "microseconds": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
