@@ -311,7 +311,7 @@ class Report(NamedTuple):
 
 def compiled(source: str, kernels: Sequence[str], capability: str) -> dict[str, Report]:
     """What the compiler says of these instantiations; NVRTC alone, no driver."""
-    nvrtc = pytest.importorskip("cupy.cuda.nvrtc")
+    nvrtc = pytest.importorskip("cupy").cuda.nvrtc
     text = (launcher.KERNELS / source).read_text(encoding="utf-8")
     program = nvrtc.createProgram(text, source, [], [])
     for kernel in kernels:
@@ -335,11 +335,17 @@ def compiled(source: str, kernels: Sequence[str], capability: str) -> dict[str, 
 
 
 def reported(launches: dict[str, Launched], capability: str) -> Iterator[tuple[Launched, Report]]:
-    by_source = itertools.groupby(sorted(launches.values()), key=lambda launch: launch.source)
-    for source, group in by_source:
-        of_source = list(group)
-        reports = compiled(source, [launch.kernel for launch in of_source], capability)
-        yield from ((launch, reports[launch.kernel]) for launch in of_source)
+    for source, of_source in by_source(launches).items():
+        reports = compiled(source, of_source, capability)
+        yield from ((launches[kernel], reports[kernel]) for kernel in of_source)
+
+
+def by_source(launches: dict[str, Launched]) -> dict[str, list[str]]:
+    """The kernels of each file."""
+    found: dict[str, list[str]] = {}
+    for kernel, launch in launches.items():
+        found.setdefault(launch.source, []).append(kernel)
+    return found
 
 
 def numbers(name: str) -> tuple[int, int]:
@@ -377,11 +383,6 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
 # ---- the kernels, run
 
 
-@pytest.fixture(scope="module")
-def emulator() -> EmulatedLauncher:
-    return EmulatedLauncher(launcher.KERNELS)
-
-
 EMULATED = [
     ((9, 0), Case(70, 90, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
     ((9, 0), Case(150, 300, batch=2, heads_kv=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True)),
@@ -397,6 +398,19 @@ EMULATED = [
     ((7, 5), Case(130, 150, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
     ((8, 6), Case(70, 130, head_dim=128, head_dim_v=128, dtype=HALF, is_causal=True)),
 ]
+
+
+@pytest.fixture(scope="module")
+def emulator() -> EmulatedLauncher:
+    """With the kernels of most tests compiled together, which takes half the time."""
+    recorder = Recorder()
+    for capability, case in EMULATED:
+        request, dout = case.build(CPU)
+        run_attention(CupyBackend(launcher=recorder, capability=capability), request, dout)
+    emulated_launcher = EmulatedLauncher(launcher.KERNELS)
+    for source, kernels in by_source({launch.kernel: launch for launch in recorder.launches}).items():
+        emulated_launcher.compile(source, kernels)
+    return emulated_launcher
 
 
 @emulated

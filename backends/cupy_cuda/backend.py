@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -90,8 +90,7 @@ def _record(kind: np.dtype[Any], values: dict[str, Any]) -> np.void:
     for name, value in values.items():
         if value is not None:
             record[name] = value.data_ptr() if isinstance(value, Tensor) else value
-    found: np.void = record[()]
-    return found
+    return cast(np.void, record[()])
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ _HALF = {
         Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 16, 1, 1), Launch(4, 32, 1, 1), Launch(2, 16, 1, 1)),
     ],
     256: [
-        Config(256, 128, 64, 64, Launch(4, 64, 2, 1), Launch(4, 16, 2, 1), Launch(4, 16, 1, 1), Launch(4, 16, 1, 1)),
+        Config(256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 2, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)),
         Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
     ],
 }

@@ -127,12 +127,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const
     T* to = static_cast<T*>(params.dq) + (tile.row + row) * params.head_dim;
     const float factor = params.scale * params.sign;
 #pragma unroll
-    for (int n = 0; n < ND; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int column = column_of(n, e);
-        if (column < params.head_dim) to[column] = from_float<T>(dq[i / 2][n][i % 2 * 2 + e] * factor + nan);
-      }
+    for (int n = 0; n < ND; n++) {
+      const float* sums = dq[i / 2][n] + i % 2 * 2;
+      store_pair(to, column_of(n, 0), params.head_dim, sums[0] * factor + nan, sums[1] * factor + nan);
+    }
   }
 }
 
@@ -155,12 +153,10 @@ __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N]
     const long long row = static_cast<long long>(block.i_b * params.heads_kv + block.i_kv) * params.seqlen_k + key;
     T* start = static_cast<T*>(to) + row * width;
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const int column = column_of(n, e);
-        if (column < width) start[column] = from_float<T>(values[i / 2][n][i % 2 * 2 + e] * factor);
-      }
+    for (int n = 0; n < N; n++) {
+      const float* sums = values[i / 2][n] + i % 2 * 2;
+      store_pair(start, column_of(n, 0), width, sums[0] * factor, sums[1] * factor);
+    }
   }
 }
 

@@ -214,7 +214,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     const T* from = base + first * stride + (row * stride + column);
     auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
     if (is_aligned) {
-#pragma unroll(ROWS / STEP > 8 ? COPIES / 2 : COPIES)
+#pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
         cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
@@ -265,6 +265,21 @@ __device__ __forceinline__ int row_of(int i) {
 
 // Column of element e of this thread in column tile n.
 __device__ __forceinline__ int column_of(int n, int e) { return n * 8 + lane_of() % 4 * 2 + e; }
+
+// Two neighbours of a row of `width` numbers, from an even column on; rows lie one behind the other, so that those of an
+// even width start at a whole pair.
+template <class T>
+__device__ __forceinline__ void store_pair(T* row, int column, int width, float first, float second) {
+  if (column >= width) return;
+  if constexpr (sizeof(T) == 2) {
+    if (width % 2 == 0) {
+      *reinterpret_cast<unsigned*>(row + column) = pack2<T>(first, second);
+      return;
+    }
+  }
+  row[column] = from_float<T>(first);
+  if (column + 1 < width) row[column + 1] = from_float<T>(second);
+}
 
 template <int M, int N>
 __device__ __forceinline__ void clear(float (&values)[M][N][4]) {

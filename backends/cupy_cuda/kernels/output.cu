@@ -187,15 +187,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
       T* to = static_cast<T*>(params.out) + start;
       float* to1 = params.out1 + start;
 #pragma unroll
-      for (int n = 0; n < NV; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const int column = column_of(n, e);
-          if (column >= width) continue;
-          const float mean = out1[row / 2][n][row % 2 * 2 + e];
-          to[column] = from_float<T>(out[row / 2][n][row % 2 * 2 + e] - r * change * mean + nan);
-          if (params.out1) to1[column] = mean / w_sum + nan;
-        }
+      for (int n = 0; n < NV; n++) {
+        const float* sums = out[row / 2][n] + row % 2 * 2;
+        const float* sums1 = out1[row / 2][n] + row % 2 * 2;
+        store_pair(to, column_of(n, 0), width, sums[0] - r * change * sums1[0] + nan,
+                   sums[1] - r * change * sums1[1] + nan);
+        if (params.out1) store_pair(to1, column_of(n, 0), width, sums1[0] / w_sum + nan, sums1[1] / w_sum + nan);
+      }
     }
   }
   if (params.live) {
