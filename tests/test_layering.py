@@ -17,10 +17,13 @@ ALLOWED = {
     "arrays": {"contract"},
     "registry": {"contract", "arrays"},
     "autograd": {"contract", "arrays", "registry"},
-    "interface": {"contract", "arrays", "registry", "autograd"},
+    "sharding": set(),
+    "interface": {"contract", "arrays", "registry", "autograd", "sharding"},
     "__init__": {"contract", "registry", "interface"},
     "__main__": set(),
     "info": {"registry"},
+    "options": set(),
+    "plot": {"contract", "arrays", "registry"},
     "testing": {"contract", "backends"},
 }
 SHARED = {"adasplash2.contract", "adasplash2.arrays", "adasplash2.backends._math"}
@@ -62,7 +65,19 @@ def test_the_front_loads_no_kernel_library(module):
 def test_the_demo_uses_what_users_use():
     for path in (ROOT / "adasplash2" / "demo").rglob("*.py"):
         public = {name for name in of_the_package(path) if not name.startswith("adasplash2.demo")}
-        assert all(name == "adasplash2" or name.startswith("adasplash2.contract.") for name in public), path
+        allowed = {"adasplash2", "adasplash2.options", "adasplash2.plot"}
+        assert all(name in allowed or name.startswith("adasplash2.contract.") for name in public), path
+
+
+@pytest.mark.parametrize("part", ["nn", "integrations"])
+def test_what_builds_on_the_front_uses_it_from_outside(part):
+    """Registry: for the names of the backends and the default one."""
+    paths = [*(ROOT / "adasplash2" / part).rglob("*.py")]
+    assert paths
+    for path in paths:
+        others = {name for name in of_the_package(path) if not name.startswith(f"adasplash2.{part}")}
+        allowed = ("adasplash2.interface.", "adasplash2.registry", "adasplash2.integrations.")
+        assert all(name.startswith(allowed) for name in others), path
 
 
 @pytest.mark.parametrize("path", BACKENDS, ids=lambda path: str(path.relative_to(ROOT)))
