@@ -2,15 +2,14 @@
 
     python benchmarks/overhead.py [DEVICE] [--backend NAME] [--rounds N] [--json FILE]
 
-On inputs so small that the host's work is all there is. Host time of one call, the device idle before it; each round
-makes every call once, in an order of its own, and a difference is taken inside a round.
+On inputs so small that the host's work is all there is. Host time of one call, the device idle before it. Each round
+makes both calls, every second one in reverse, and the difference is taken inside the round.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,21 +66,19 @@ def calls(device: torch.device, backend: str) -> dict[str, Calls]:
 
 def measure(device: torch.device, backend: str, rounds: int) -> dict[str, dict[str, Spread]]:
     """Microseconds by mode: of the call through the front, of the backend alone, and of their difference."""
-    modes = calls(device, backend)
-    everything = [(mode, name, call) for mode, pair in modes.items() for name, call in pair.items()]
-    for _, _, call in everything:
-        for _ in range(WARM_UP):
-            call()
-    times: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in pair} for mode, pair in modes.items()}
-    order = random.Random(0)
-    for _ in range(rounds):
-        order.shuffle(everything)
-        for mode, name, call in everything:
-            times[mode][name].append(_host_microseconds(call, device))
     found = {}
-    for mode, pair in times.items():
-        difference = [front - alone for front, alone in zip(pair["front"], pair["backend"], strict=True)]
-        found[mode] = {name: spread(values) for name, values in (pair | {"overhead": difference}).items()}
+    for mode, pair in calls(device, backend).items():
+        for call in pair.values():
+            for _ in range(WARM_UP):
+                call()
+        times: dict[str, list[float]] = {name: [] for name in pair}
+        order = list(pair)
+        for _ in range(rounds):
+            for name in order:
+                times[name].append(_host_microseconds(pair[name], device))
+            order.reverse()
+        times["overhead"] = [front - alone for front, alone in zip(times["front"], times["backend"], strict=True)]
+        found[mode] = {name: spread(values) for name, values in times.items()}
     return found
 
 
