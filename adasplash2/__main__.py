@@ -11,6 +11,7 @@ from collections.abc import Sequence
 _COMMANDS = {
     "info": ("adasplash2.info", "versions, devices, and which backends are usable"),
     "demo": ("adasplash2.demo", "train two small transformers side by side, entmax and softmax, on the CPU"),
+    "bench": ("adasplash2.bench", "time the backends that can run here against torch's softmax attention"),
 }
 
 

@@ -14,6 +14,7 @@ import torch
 
 import adasplash2
 from adasplash2 import bench, registry
+from adasplash2.__main__ import main
 from adasplash2.backends.reference import ReferenceBackend
 from adasplash2.bench import measure, report
 from adasplash2.bench.cases import Case
@@ -29,7 +30,7 @@ def arguments(*options: str) -> argparse.Namespace:
 
 
 def run(*options: str) -> int:
-    return bench.run(arguments("--device=cpu", *options))
+    return main(["bench", "--device=cpu", *options])
 
 
 def test_numbers_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
