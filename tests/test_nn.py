@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
+import json
 import pickle
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -552,6 +556,28 @@ class TestTransformers:
         assert not sparse.isclose(softmax).all()
         assert model.config.to_diff_dict()["entmax_alpha"] == 2
 
+    def test_convert_ends_a_schedule(self):
+        model = convert(self.model(), alpha=1)
+        tokens = torch.randint(20, (2, 8))
+        softmax = model(tokens).logits
+        AlphaSchedule(model, 2, steps=2).step()
+        assert torch.equal(convert(model, alpha=1)(tokens).logits, softmax)
+
+    def test_a_learned_alpha_is_left_alone(self):
+        model = convert(self.model(), alpha=1)
+        learned = nn.Parameter(torch.tensor(1.25))
+        model.model.layers[0].self_attn.entmax_alpha = learned
+        AlphaSchedule(model, 2, steps=2).step()
+        assert model.model.layers[0].self_attn.entmax_alpha is learned
+        assert model.model.layers[1].self_attn.entmax_alpha == 1.5
+
+    def test_a_model_whose_attention_cannot_be_chosen(self, monkeypatch):
+        model = self.model()
+        base = sys.modules["transformers"].PreTrainedModel
+        monkeypatch.setattr(base, "_can_set_attn_implementation", classmethod(lambda cls: False))
+        with pytest.raises(ValueError, match="model is a LlamaForCausalLM, which does not let its attention be chosen"):
+            convert(model)
+
     def test_inside_of_another_model_beside_torch_attention(self):
         model = nn.ModuleList([self.model(), nn.MultiheadAttention(EMBED, HEADS)])
         convert(model, alpha=1)
@@ -748,3 +774,54 @@ class TestErrors:
             EntmaxAttention(EMBED, HEADS, backend="cuda")(x, x, x)
         with pytest.raises(adasplash2.UnsupportedError):
             EntmaxAttention(EMBED, HEADS, backend="triton")(x, x, x)
+
+
+@pytest.fixture(scope="module")
+def program():
+    """The example as a module: its folder is no package."""
+    path = Path(__file__).parents[1] / "examples" / "softmax_to_entmax.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class TestExample:
+    def test_it_runs(self, program, tmp_path, capsys):
+        results, picture = tmp_path / "results.json", tmp_path / "picture.png"
+        program.main(
+            ["--steps=4", "--further=3", "--seqlen=32", "--alpha=1.75", f"--json={results}", f"--plot={picture}"]
+        )
+        results = json.loads(results.read_text())
+        rows = results["results"]
+        softmax = {name: row["zeros"] == 0 for name, row in rows.items()}
+        assert softmax == {name: name.startswith("softmax") for name in rows}
+        assert {row["alpha"] for name, row in rows.items() if not softmax[name]} == {1.75}
+        curves = results["held_out_loss_by_step"]
+        for name, curve in curves.items():
+            assert [step for step, _ in curve] == [0, 1, 2, 3]
+            assert curve[-1][1] == rows[name]["held_out_loss"]
+        # The schedule starts where softmax is; a conversion at once does not.
+        starts = {name: curve[0][1] for name, curve in curves.items()}
+        trained = rows["softmax, trained"]["held_out_loss"]
+        assert starts["softmax, trained further"] == trained
+        assert starts["converted, alpha raised in training"] == pytest.approx(trained)
+        assert starts["converted at once, trained further"] == rows["converted, not trained further"]["held_out_loss"]
+        assert "│ converted, alpha raised in training │ 1.75" in capsys.readouterr().out
+        assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+
+    def test_the_page_shows_the_committed_result(self, program):
+        root = Path(program.__file__).parents[1]
+        results = json.loads((root / "examples" / "results" / "softmax_to_entmax.json").read_text(encoding="utf-8"))
+        page = (root / "docs" / "nn.md").read_text(encoding="utf-8")
+        table = [line for line in page.splitlines() if line.endswith("% |")]
+        assert table == [f"| {' | '.join(row)} |" for row in program.cells(results)]
+
+    def test_bad_options_are_refused(self, program, capsys):
+        for option, message in (
+            ("--steps=0", "0: expected at least 1"),
+            ("--alpha=3", "3: expected a number in (1, 2]"),
+        ):
+            with pytest.raises(SystemExit):
+                program.main([option])
+            assert message in capsys.readouterr().err
