@@ -140,17 +140,18 @@ struct KeyBlock {
   int first_head;  // of its group of query heads, among all
   int group;
   Lengths lengths;
-  Rows rows;
 };
 
 template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
-                                           const KeyBlock& block, const Params& params) {
+                                           const Params& params) {
+  // Found again, so that no register has to keep it.
+  const int i_bh = blockIdx.x / params.n_blocks, j = blockIdx.x % params.n_blocks;
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) {
-    const int key = block.j * BLOCK_N + row_of<M>(i);
+    const int key = j * BLOCK_N + row_of<M>(i);
     if (key >= params.seqlen_k) continue;
-    const long long row = static_cast<long long>(block.i_b * params.heads_kv + block.i_kv) * params.seqlen_k + key;
+    const long long row = static_cast<long long>(i_bh) * params.seqlen_k + key;
     T* start = static_cast<T*>(to) + row * width;
 #pragma unroll
     for (int n = 0; n < N; n++) {
@@ -198,15 +199,16 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
             [&](int i, int stage) {
               const int entry = list[i / PARTS], i_g = entry / n_tiles;
               const int first = entry % n_tiles * BLOCK_M + i % PARTS * COLUMNS;
+              const Rows rows = rows_that_see(block.lengths, params.is_causal);
               load_tile<T, D, COLUMNS, THREADS>(q_parts + stage * PART, q + i_g * params.stride_qh, first,
-                                                block.rows.low, block.rows.high, params.stride_qm, params.head_dim,
+                                                rows.low, rows.high, params.stride_qm, params.head_dim,
                                                 params.aligned_q);
               load_tile<T, D, COLUMNS, THREADS>(dout_parts + stage * PART, dout + i_g * params.stride_oh, first,
-                                                block.rows.low, block.rows.high, params.stride_om, params.head_dim_v,
+                                                rows.low, rows.high, params.stride_om, params.head_dim_v,
                                                 params.aligned_o);
               const long long start = static_cast<long long>(block.first_head + i_g) * params.seqlen_q + first;
               for (int row = threadIdx.x; row < COLUMNS; row += THREADS) {
-                const bool is_valid = first + row >= block.rows.low && first + row < block.rows.high;
+                const bool is_valid = first + row >= rows.low && first + row < rows.high;
                 const long long at = is_valid ? start + row : 0;
                 cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
                 cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
@@ -251,8 +253,8 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
               if constexpr (DK) accumulate<T>(dk, ds, q_parts + stage * PART, staging);
             });
       });
-  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, block, params);
-  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, block, params);
+  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params);
+  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params);
 }
 
 // dk and dv of one block of keys.
@@ -271,7 +273,6 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   block.group = params.heads_q / params.heads_kv;
   block.first_head = block.i_b * params.heads_q + block.i_kv * block.group;
   block.lengths = lengths_of(params, block.i_b);
-  block.rows = rows_that_see(block.lengths, params.is_causal);
 
   const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
