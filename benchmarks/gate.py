@@ -8,7 +8,6 @@ of all keys then come from the windows alone, and those of the other queries are
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,11 +16,11 @@ from cases import Case
 from torch import Tensor
 
 from adasplash2 import testing
+from adasplash2.bench.measure import Forward
 from adasplash2.contract import AttentionRequest, EntmaxRequest
 
-__all__ = ["AttentionGate", "EntmaxGate", "Forward", "Function", "Gate", "make_gate"]
+__all__ = ["AttentionGate", "EntmaxGate", "Function", "Gate", "make_gate"]
 
-Forward = Callable[..., Tensor]
 Function = Literal["entmax", "rough entmax", "softmax"]
 
 # Of "rough entmax": relative error (norms) of kernels that stop short of what their dtype allows, and say so.

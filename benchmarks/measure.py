@@ -1,4 +1,4 @@
-"""Peak memory of a call; times are measured by ``adasplash2.bench.measure``, whose functions are here too."""
+"""Peak memory of a call; times are measured by ``adasplash2.bench.measure``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-from adasplash2.bench.measure import Call, Spread, interleaved, ratio, spread, time_once
+from adasplash2.bench.measure import Call
 
-__all__ = ["RSS_ERROR", "Call", "Spread", "interleaved", "peak_memory", "ratio", "spread", "time_once"]
+__all__ = ["RSS_ERROR", "peak_memory"]
 
 # Linux counts resident pages in batches for each core and thread; this much may be missing from the sum. Seen: 0.3 MB.
 RSS_ERROR = 1 << 22

@@ -21,8 +21,8 @@ import first_call
 import initialisation
 import torch
 from cases import Case, find
-from gate import Forward, Gate, make_gate
-from measure import Call, interleaved, peak_memory, ratio, spread
+from gate import Gate, make_gate
+from measure import peak_memory
 from providers import Provider, Ready, baseline, providers
 from rich.console import Console
 from rich.markup import escape
@@ -38,9 +38,10 @@ from rich.table import Table
 from stamp import machine_slug, stamp
 from torch import Tensor
 
-__all__ = ["MODES", "Row", "main", "time_case"]
+from adasplash2.bench.measure import MODES, Call, Mode, interleaved, make_call, ratio, spread
 
-MODES = ("fwd", "fwd_bwd")
+__all__ = ["Row", "main", "time_case"]
+
 RESULTS = Path(__file__).parent / "results"
 
 # What a row may say of its provider, besides "timed" and "skipped" (it does not serve the case).
@@ -55,7 +56,7 @@ Say = Callable[[str], None]
 def time_case(
     case: Case,
     competitors: Sequence[Provider],
-    modes: Sequence[str],
+    modes: Sequence[Mode],
     device: torch.device,
     seconds: float,
     min_rounds: int,
@@ -77,8 +78,8 @@ def time_case(
     """
     arguments, dout = case.inputs(device)
     gates: dict[torch.dtype, Gate] = {}
-    rows: dict[tuple[str, str], Row] = {}
-    calls: dict[tuple[str, str], Call] = {}
+    rows: dict[tuple[str, Mode], Row] = {}
+    calls: dict[tuple[str, Mode], Call] = {}
     for provider in competitors:
         if provider.op != case.op:
             continue
@@ -102,7 +103,7 @@ def time_case(
             if mode == "fwd_bwd" and ready.no_backward:
                 row |= {"status": "skipped", "reason": ready.no_backward}
             else:
-                calls[provider.name, mode] = _call(ready.forward, own_arguments, own_dout, mode)
+                calls[provider.name, mode] = make_call(ready.forward, own_arguments, own_dout, mode)
     say("warming")
     for call in calls.values():
         call()
@@ -135,13 +136,6 @@ def _admit(
     except Exception as error:  # whatever it is, the others are still to be timed, and the exit status tells
         return None, "failed", f"{type(error).__name__}: {error}"
     return ready, "timed", None
-
-
-def _call(forward: Forward, arguments: tuple[Tensor, ...], dout: Tensor, mode: str) -> Call:
-    if mode == "fwd":
-        return torch.no_grad()(lambda: forward(*arguments))
-    leaves = tuple(argument.detach().requires_grad_() for argument in arguments)
-    return lambda: torch.autograd.grad(forward(*leaves), leaves, dout)
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import adasplash2
+from adasplash2.bench import measure as timing
 
 # Scripts, started as files: their folder is no package.
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
@@ -115,7 +116,7 @@ def test_gate_refuses_a_wrong_provider(fault: str) -> None:
         Provider("right", "", "attention", "entmax", lambda case, arguments: Ready(right)),
         Provider("wrong", "", "attention", "entmax", lambda case, arguments: Ready(wrong)),
     ]
-    rows = run.time_case(TINY, competitors, run.MODES, CPU, seconds=0, min_rounds=1)
+    rows = run.time_case(TINY, competitors, timing.MODES, CPU, seconds=0, min_rounds=1)
     assert [(row["provider"], row["status"]) for row in rows] == [("right", "timed")] * 2 + [("wrong", status)] * 2
     for row in rows[2:]:
         assert "ms" not in row
@@ -168,14 +169,14 @@ def test_gate_of_entmax(factor: float) -> None:
 def test_rounds_are_interleaved() -> None:
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = measure.interleaved(calls, CPU, seconds=0, min_rounds=3)
+    times = timing.interleaved(calls, CPU, seconds=0, min_rounds=3)
     assert "".join(order) == "abc" + "cba" + "abc"
     assert {name: len(own) for name, own in times.items()} == dict.fromkeys("abc", 3)
 
 
 def test_ratio_is_taken_inside_a_round() -> None:
     """The machine slows down tenfold on the way: the ratio of each round does not notice."""
-    assert measure.ratio([2, 20, 200], [1, 10, 100]) == (2, 2, 2)
+    assert timing.ratio([2, 20, 200], [1, 10, 100]) == (2, 2, 2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the peak of the resident set")

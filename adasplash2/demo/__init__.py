@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from adasplash2 import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -27,20 +29,22 @@ _STEPS_BETWEEN_MEASUREMENTS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the demo's options to a parser."""
-    parser.add_argument("--steps", type=_integer(1), default=400, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=options.integer(1), default=400, help="training steps (default: %(default)s)")
     parser.add_argument(
-        "--seqlen", type=_integer(_MAP_TOKENS), default=1024, help="tokens per sequence (default: %(default)s)"
+        "--seqlen", type=options.integer(_MAP_TOKENS), default=1024, help="tokens per sequence (default: %(default)s)"
     )
-    parser.add_argument("--alpha", type=_alpha, default=1.5, help="entmax exponent in (1, 2] (default: %(default)s)")
+    parser.add_argument(
+        "--alpha", type=options.alpha, default=1.5, help="entmax exponent in (1, 2] (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=options.seconds,
         default=120.0,
         help="end training after this time even if steps are left (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=_picture, default=Path("demo.png"), help="picture to write (default: %(default)s)"
+        "--out", type=options.output(".png"), default=Path("demo.png"), help="picture to write (default: %(default)s)"
     )
 
 
@@ -174,36 +178,3 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         yield lambda: came
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _integer(lowest: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < lowest:
-            raise argparse.ArgumentTypeError(f"{value}: expected at least {lowest}")
-        return value
-
-    return parse
-
-
-def _alpha(text: str) -> float:
-    value = float(text)
-    if not 1 < value <= 2:
-        raise argparse.ArgumentTypeError(f"{value:g}: expected more than 1 (softmax, the other model) and at most 2")
-    return value
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value:g}: expected more than 0")
-    return value
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix != ".png":
-        raise argparse.ArgumentTypeError(f"{text}: expected the name of a .png file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: its folder does not exist")
-    return path
