@@ -13,6 +13,7 @@ if importlib.util.find_spec("adasplash2.backends") is None:
         "from another folder or with -P"
     )
 
+from adasplash2 import nn
 from adasplash2.contract import Explanation, NoBackendError, SupportStats, UnsupportedError
 from adasplash2.interface import attention, entmax, explain, support
 from adasplash2.registry import available_backends
@@ -27,6 +28,7 @@ __all__ = [
     "available_backends",
     "entmax",
     "explain",
+    "nn",
     "support",
 ]
 

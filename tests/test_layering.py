@@ -19,7 +19,7 @@ ALLOWED = {
     "autograd": {"contract", "arrays", "registry"},
     "sharding": set(),
     "interface": {"contract", "arrays", "registry", "autograd", "sharding"},
-    "__init__": {"contract", "registry", "interface"},
+    "__init__": {"contract", "registry", "interface", "nn"},
     "__main__": set(),
     "info": {"registry"},
     "options": set(),

@@ -25,6 +25,7 @@ NAMES = {
     "available_backends",
     "entmax",
     "explain",
+    "nn",
     "support",
 }
 
