@@ -193,10 +193,13 @@ def test_copies_under_way_are_not_touched(launchers: Launchers) -> None:
         launchers(is_checked=True).launch(SOURCE, "touches_a_copy", 1, 1, 64, [torch.zeros(4), torch.zeros(1)])
 
 
-def test_unwritten_shared_memory_is_nan(launchers: Launchers) -> None:
-    out = torch.zeros(3, 64)
+def test_unwritten_shared_memory(launchers: Launchers) -> None:
+    out = torch.zeros(64)
     launchers().launch(SOURCE, "reads_unwritten", 1, 64, 256, [out])
-    assert out[0].isnan().all()
+    assert out.isnan().all()
+    line = line_of("reads_unwritten", "out[")
+    with pytest.raises(KernelError, match=rf"read before it is written: byte 0 of shared memory.* at {line}"):
+        launchers(is_checked=True).launch(SOURCE, "reads_unwritten", 1, 64, 256, [out])
 
 
 class TestMissingBarrier:
@@ -226,7 +229,8 @@ class TestMissingBarrier:
         read, written = line_of(kernel, "= values["), line_of(kernel, "] = x[")
         first = rf"race: written without a barrier after thread \d+ of block 0 has read it at {read}: .* at {written}"
         second = rf"race: read without a barrier after thread \d+ of block 0 has written it at {written}: .* at {read}"
-        with pytest.raises(KernelError, match=rf"{first}|{second}"):
+        third = rf"read before it is written: .* at {read}"
+        with pytest.raises(KernelError, match=rf"{first}|{second}|{third}"):
             launchers(is_checked=True).launch(SOURCE, f"{kernel}<false>", 1, n, 4 * n, [x, out])
 
 

@@ -93,7 +93,8 @@ class EmulatedLauncher:
         seed: None runs blocks, warps and lanes in their order. An integer draws another order of the blocks, of the
             warps between two barriers and of the lanes between two collectives; no result may depend on it.
         is_checked: every load and store is looked at: out of bounds of the tensors or of shared memory, not aligned,
-            or in a race with another thread's. Some 30 times as slow.
+            of shared memory that nobody wrote, or in a race with another thread's; and undefined arithmetic of
+            integers is an error. Some 15 times as slow.
         cache_dir: where compiled kernels are kept, by a hash of all that they are made of. Defaults to a folder in the
             system's temporary one.
         flags: more flags for g++, as ``["-DNAME=1"]``.
@@ -339,7 +340,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def _extents_of_pointers(pointers: dict[int, str]) -> Iterator[tuple[int, int]]:
     """Of bare addresses: the largest of the living tensors that start there."""
     extents: dict[int, tuple[int, int]] = {}
-    for tensor in gc.get_objects():
+    for tensor in gc.get_objects() if pointers else ():
         if not issubclass(type(tensor), torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             continue
         begin, end = _extent(tensor) if tensor.numel() else (0, 0)
@@ -355,11 +356,16 @@ def _with_lines(message: str) -> str:
     """Addresses in a library become lines of the kernel's source, with those that they were inlined into."""
 
     def lines(match: re.Match[str]) -> str:
-        found = ""
-        if shutil.which("addr2line"):
-            command = ["addr2line", "-i", "-s", "-e", match["library"], match["offset"]]
-            found = subprocess.run(command, capture_output=True, text=True).stdout
-        frames = [line.split(" ")[0] for line in found.splitlines() if not re.match(r"\?|emulator\.hpp|ptx\.cuh", line)]
-        return " in ".join(dict.fromkeys(frames)) or match["site"] or "an unknown line"
+        return " in ".join(_source_lines(match["library"], match["offset"])) or match["site"] or "an unknown line"
 
     return re.sub(r"(?P<site>[\w.]*:\d+)?\[(?P<library>[^\]+]+)\+(?P<offset>0x[0-9a-f]+)\]", lines, message)
+
+
+@functools.cache
+def _source_lines(library: str, offset: str) -> list[str]:
+    """Of an address in a library: ["common.cuh:12", "scan.cu:34"], from the inside out."""
+    if not shutil.which("addr2line"):
+        return []
+    found = subprocess.run(["addr2line", "-i", "-s", "-e", library, offset], capture_output=True, text=True).stdout
+    lines = [line.split(" ")[0] for line in found.splitlines() if not re.match(r"\?|emulator\.hpp|ptx\.cuh", line)]
+    return list(dict.fromkeys(lines))

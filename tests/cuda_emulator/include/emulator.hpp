@@ -71,12 +71,15 @@ struct Kernel {
 
 template <class Argument>
 constexpr char kind_of() {
-    return std::is_pointer_v<Argument> ? 'p' : std::is_floating_point_v<Argument> ? 'f' : std::is_integral_v<Argument> ? 'i' : 's';
+    if (std::is_pointer_v<Argument>) return 'p';
+    if (std::is_floating_point_v<Argument>) return 'f';
+    return std::is_integral_v<Argument> ? 'i' : 's';
 }
 
 // Reads the arguments, which are no memory of the kernel's.
 template <class... Arguments, std::size_t... I>
-__attribute__((no_sanitize("thread"))) void call_with(const void* function, void* const* arguments, std::index_sequence<I...>) {
+__attribute__((no_sanitize("thread"))) void call_with(const void* function, void* const* arguments,
+                                                      std::index_sequence<I...>) {
     reinterpret_cast<void (*)(Arguments...)>(const_cast<void*>(function))(*static_cast<Arguments*>(arguments[I])...);
 }
 
@@ -89,7 +92,8 @@ template <class... Arguments>
 Kernel describe(void (*function)(Arguments...)) {
     static const int sizes[] = {int(sizeof(Arguments))..., 0};
     static const char kinds[] = {kind_of<Arguments>()..., 0};
-    return {call_kernel<Arguments...>, reinterpret_cast<const void*>(function), int(sizeof...(Arguments)), sizes, kinds};
+    auto* address = reinterpret_cast<const void*>(function);
+    return {call_kernel<Arguments...>, address, int(sizeof...(Arguments)), sizes, kinds};
 }
 
 }  // namespace emulator

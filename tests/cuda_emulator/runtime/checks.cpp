@@ -1,9 +1,12 @@
-// Every load and store of a kernel, looked at: is it in bounds, is it aligned, is it ordered after the others' there.
+// Every load and store of a kernel, looked at: is it in bounds, aligned, of something written, and ordered after the
+// others' there.
 //
 // With checks, g++ compiles a kernel with -fsanitize=thread and others, which put calls before accesses; the functions
-// called are these, not the sanitizers' own libraries. Each thread has a clock of every other thread's: how much of what that one
-// did it has seen, by the barriers that both passed. Two accesses to the same byte, one of them a store, by threads of
-// which neither has seen the other's, are a race. Threads of different blocks never see one another.
+// called are these, not the sanitizers' own libraries.
+//
+// Each thread has a clock of every other thread's: how much of what that one did it has seen, by the barriers that both
+// passed. Two accesses to the same byte, one of them a store, by threads of which neither has seen the other's, are a
+// race. Threads of different blocks never see one another.
 #include "runtime.hpp"
 
 #include <link.h>
@@ -52,16 +55,16 @@ std::vector<Memory> merged(std::vector<Region> regions) {
     std::sort(regions.begin(), regions.end(), [](const Region& a, const Region& b) { return a.begin < b.begin; });
     std::vector<Memory> result;
     for (const Region& region : regions)
-        if (!result.empty() && region.begin <= result.back().end) result.back().end = std::max(result.back().end, region.end);
-        else result.push_back({region.begin, region.end, {}});
+        if (result.empty() || region.begin > result.back().end) result.push_back({region.begin, region.end, {}});
+        else result.back().end = std::max(result.back().end, region.end);
     for (Memory& memory : result) memory.bytes.resize(memory.end - memory.begin);
     return result;
 }
 
 Shadow* shadow_of(const void* address, int64_t bytes) {
-    if (is_shared(address, bytes)) return &shared[std::size_t(static_cast<const unsigned char*>(address) - shared_memory)];
-    if (!is_in_tensors(address, bytes)) return nullptr;
     auto a = uintptr_t(address);
+    if (is_shared(address, bytes)) return &shared[a - uintptr_t(shared_memory)];
+    if (!is_in_tensors(address, bytes)) return nullptr;
     for (Memory& memory : tensors)
         if (a >= memory.begin && a < memory.end) return &memory.bytes[a - memory.begin];
     return nullptr;
@@ -101,6 +104,8 @@ void touch(Shadow& shadow, Access access, const void* address, const void* from)
         suspects.push_back({byte, *byte, message});
     }
     Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number], from};
+    if (shadow.written.block < 0 && access != Access::write && is_shared(address, 1))
+        fail("read before it is written", address, from);
     if (access == Access::read) {
         // The first reader and the last one stand for all.
         shadow.read[is_seen(shadow.read[0], self) ? 0 : 1] = event;
@@ -240,11 +245,12 @@ struct Undefined {
 }  // namespace
 
 extern "C" void __ubsan_handle_type_mismatch_v1(Undefined* data, void* address) {
-    undefined(data, emulator::format("access that is not aligned to %d bytes: ", 1 << data->log_alignment) +
-                        emulator::describe_address(address), __builtin_return_address(0));
+    std::string what = emulator::format("access that is not aligned to %d bytes: ", 1 << data->log_alignment);
+    undefined(data, what + emulator::describe_address(address), __builtin_return_address(0));
 }
 extern "C" void __ubsan_handle_out_of_bounds(Undefined* data, uintptr_t index) {
-    undefined(data, emulator::format("index %lld out of an array's bounds", (long long)index), __builtin_return_address(0));
+    undefined(data, emulator::format("index %lld out of an array's bounds", (long long)index),
+              __builtin_return_address(0));
 }
 extern "C" void __ubsan_handle_shift_out_of_bounds(Undefined* data, uintptr_t, uintptr_t by) {
     undefined(data, emulator::format("shift by %lld", (long long)by), __builtin_return_address(0));

@@ -1,7 +1,7 @@
 // Runs the blocks of a grid one after another, the threads of a block as fibers of one thread of the system.
 //
-// A fiber runs until it waits for its warp or its block. A GPU may take any order of lanes and warps between two barriers,
-// so a seed draws one, and a missing barrier becomes a wrong number.
+// A fiber runs until it waits for its warp or its block. A GPU may take any order of lanes and warps between two
+// barriers, so a seed draws one, and a missing barrier becomes a wrong number.
 #include "runtime.hpp"
 
 #include <dlfcn.h>
@@ -207,8 +207,8 @@ void report(const std::string& message) {
 void report_standstill() {
     for (int warp = 0; warp < n_warps; ++warp)
         if (warps[warp].arrived)
-            return report("divergence: a part of a warp reaches a collective; " + where() + format(", warp %d: ", warp) +
-                          lanes_of(warp));
+            return report("divergence: a part of a warp reaches a collective; " + where() +
+                          format(", warp %d: ", warp) + lanes_of(warp));
     std::string text = "barrier not reached by all threads; " + where();
     for (int warp = 0, last; warp < n_warps; warp = last + 1) {
         std::string lanes = lanes_of(warp);
@@ -249,7 +249,8 @@ void place_shared() {
 void check_canaries() {
     for (int64_t i = -SHARED_ALIGNMENT; i < padded_shared_bytes(); ++i)
         if ((i < 0 || i >= launch->shared_bytes) && shared_memory[i] != CANARY)
-            return report("shared memory written out of bounds: " + describe_address(shared_memory + i) + "; " + where());
+            return report("shared memory written out of bounds: " + describe_address(shared_memory + i) + "; " +
+                          where());
 }
 
 void start_thread(int number) {
@@ -281,7 +282,7 @@ void run_block() {
         warps[w] = {lanes, lanes, 0, nullptr, {}};
     }
     if (launch->is_checked) check_block();
-    switch_to(next_thread(n_warps - 1, 31));
+    switch_to(next_thread(0, 31));
     if (!has_failed && n_ended < n_threads) report_standstill();
     check_canaries();
     if (!launch->is_checked) return;
@@ -440,8 +441,8 @@ int barrier(bool vote, const char* name, Site site) {
     self.waits_in = name;
     self.place = {site, __builtin_return_address(0)};
     if (barrier.arrived && (barrier.name != name || barrier.place.site.line != site.line))
-        fail(format("the threads of a block reach different barriers: %s at ", barrier.name) + to_string(barrier.place) +
-                 " and " + name,
+        fail(format("the threads of a block reach different barriers: %s at ", barrier.name) +
+                 to_string(barrier.place) + " and " + name,
              self.place);
     barrier.name = name;
     barrier.place = self.place;
@@ -467,7 +468,8 @@ void copy_async(void* to, const void* from, int bytes, bool is_valid, Site site)
     Place place = {site, __builtin_return_address(0)};
     if (!is_shared(to, bytes)) fail("cp.async to memory out of bounds: " + describe_address(to), place);
     if (uintptr_t(to) % unsigned(bytes)) fail(format("cp.async to %p: expected a multiple of %d", to, bytes), place);
-    if (uintptr_t(from) % unsigned(bytes)) fail(format("cp.async from %p: expected a multiple of %d", from, bytes), place);
+    if (uintptr_t(from) % unsigned(bytes))
+        fail(format("cp.async from %p: expected a multiple of %d", from, bytes), place);
     if (is_valid && launch->n_regions && !is_in_tensors(from, bytes))
         fail("cp.async from memory out of bounds: " + describe_address(from), place);
     if (launch->is_checked) begin_copy(copy, place.address);

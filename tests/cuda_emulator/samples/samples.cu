@@ -15,7 +15,8 @@ struct Params {
 };
 
 __global__ void scaled_by_structure(const Params params) {
-  for (int i = threadIdx.x; i < params.n; i += blockDim.x) params.y[i] = params.x[i] * static_cast<float>(params.factor);
+  const float factor = static_cast<float>(params.factor);
+  for (int i = threadIdx.x; i < params.n; i += blockDim.x) params.y[i] = params.x[i] * factor;
 }
 
 __global__ void indices(int* out) {
