@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Spread, spread
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
 
 import adasplash2
 from adasplash2 import registry
+from adasplash2.bench.measure import Spread, spread
 from adasplash2.contract import AttentionRequest
 
 __all__ = ["main", "measure", "show"]
@@ -41,11 +41,11 @@ def calls(device: torch.device, backend: str) -> dict[str, Calls]:
     if isinstance(served, str):
         raise SystemExit(f"backend {backend} cannot run here: {served}")
     generator = torch.Generator().manual_seed(0)
-    plain = [torch.randn(SHAPE, generator=generator).to(device) for _ in range(3)]
+    q, k, v = plain = [torch.randn(SHAPE, generator=generator).to(device) for _ in range(3)]
     leaves = [tensor.clone().requires_grad_() for tensor in plain]
-    dout = torch.ones_like(plain[2])
-    request = AttentionRequest(*plain, SCALE)
-    saving = AttentionRequest(*plain, SCALE, save_for_backward=True)
+    dout = torch.ones_like(v)
+    request = AttentionRequest(q, k, v, SCALE)
+    saving = AttentionRequest(q, k, v, SCALE, save_for_backward=True)
 
     def front(arguments: Sequence[torch.Tensor]) -> Any:
         return adasplash2.attention(*arguments, scale=SCALE, backend=backend)

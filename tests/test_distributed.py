@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+from typing import Any
 
 import pytest
 import torch
@@ -111,7 +112,7 @@ def expect_attention_of_one_process(placements, mesh_shape=(PROCESSES,), alpha=N
         placements = [placements] * 3
     plain = inputs(**shape)
     shared = [distribute_tensor(p.detach(), mesh, at).requires_grad_() for p, at in zip(plain, placements, strict=True)]
-    options = {}, {}
+    options: tuple[dict[str, Any], dict[str, Any]] = {}, {}
     for name, value in {"alpha": alpha, "seqlens_k": seqlens}.items():
         if value is not None:
             options[0][name] = value.clone().requires_grad_(value.is_floating_point())
@@ -263,7 +264,7 @@ def outcomes(tmp_path_factory):
     processes = [context.Process(target=work, args=(rank, folder, results)) for rank in range(PROCESSES)]
     for process in processes:
         process.start()
-    found = {name: {} for name in CASES}
+    found: dict[str, dict[int, Any]] = {name: {} for name in CASES}
     running = set(range(PROCESSES))
     try:
         while running:

@@ -9,6 +9,7 @@ import json
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ class TestAgainstDenseEntmax:
         visible = ~padding[:, None, None].expand(-1, -1, 5, -1)
         if is_causal:
             visible = visible.tril(2) & ~padding[:, None, 2:, None]  # the queries are the last five of the keys
-        expected, expected_weights = dense(module, *tensors, visible)
+        expected, expected_weights = dense(module, *tensors, visible=visible)
         out, weights = module(
             *tensors,
             key_padding_mask=padding if padded else None,
@@ -242,7 +243,7 @@ class TestAgainstDenseEntmax:
         visible = torch.ones(7, 4, dtype=torch.bool).tril(-3) & ~padding[:, None, None]
         visible = visible & ~F.pad(padding, (3, 0))[:, None, :, None]
         out, _ = module(*tensors, key_padding_mask=padding, is_causal=True)
-        torch.testing.assert_close(out, dense(module, *tensors, visible)[0])
+        torch.testing.assert_close(out, dense(module, *tensors, visible=visible)[0])
 
     def test_padded_keys_are_never_used(self):
         module = EntmaxAttention(EMBED, HEADS, batch_first=True)
@@ -265,7 +266,7 @@ class TestAgainstDenseEntmax:
         out, _ = module(*tensors)
         assert shapes == [((BATCH, HEADS, 5, 3), (BATCH, 2, 7, 3))]
         visible = torch.ones(BATCH, 1, 5, 7, dtype=torch.bool)
-        torch.testing.assert_close(out, dense(module, *tensors, visible, rotary)[0])
+        torch.testing.assert_close(out, dense(module, *tensors, visible=visible, rotary=rotary)[0])
 
     def test_a_rotary_module_is_a_part(self):
         class Rotary(nn.Module):
@@ -329,7 +330,7 @@ class TestAlpha:
             loss = (module(query, key, value)[0] - target).square().sum()
             loss.backward()
             optimizer.step()
-        assert (module.alpha > 1.6).all()
+        assert min(module.alpha.tolist()) > 1.6
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
     def test_it_stays_inside(self, dtype):
@@ -337,7 +338,7 @@ class TestAlpha:
         x = torch.randn(5, 1, EMBED, dtype=dtype)
         for logit in (-1e4, -20.0, 20.0, 1e4):
             nn.init.constant_(module.alpha_logit, logit)
-            assert ((module.alpha > 1) & (module.alpha < 2)).all()
+            assert all(1 < alpha < 2 for alpha in module.alpha.tolist())
             assert module(x, x, x)[0].isfinite().all()
 
     def test_it_can_be_set(self):
@@ -425,7 +426,7 @@ class TestConvert:
         torch.testing.assert_close(out, expected.detach())
 
     def test_a_layer_with_our_module_in_it(self):
-        layer = nn.TransformerEncoderLayer(EMBED, HEADS, 16, dropout=0.0, batch_first=True)
+        layer: Any = nn.TransformerEncoderLayer(EMBED, HEADS, 16, dropout=0.0, batch_first=True)
         layer.self_attn = EntmaxAttention(EMBED, HEADS, batch_first=True)
         x = torch.randn(BATCH, 6, EMBED)
         expected = layer(x).detach()
@@ -459,7 +460,7 @@ class TestConvert:
         assert sum(isinstance(module, EntmaxAttention) for module in convert(model).modules()) == 5
 
     def test_everything_that_refers_to_the_module_goes_on(self):
-        attention = nn.MultiheadAttention(EMBED, HEADS)
+        attention: Any = nn.MultiheadAttention(EMBED, HEADS)
         model = nn.ModuleDict({"one": attention, "two": nn.ModuleList([attention])})
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         calls = []
@@ -512,8 +513,9 @@ class TestConvert:
             convert(model)
         with pytest.raises(ValueError, match="alpha=1: expected more than"):
             convert(model, alpha=1, learnable_alpha=True)
+        not_a_number: Any = "softmax"
         with pytest.raises(TypeError, match="alpha='softmax': expected a number"):
-            convert(model, alpha="softmax")
+            convert(model, alpha=not_a_number)
         assert type(model[0]) is nn.MultiheadAttention
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -579,7 +581,7 @@ class TestTransformers:
             convert(model)
 
     def test_inside_of_another_model_beside_torch_attention(self):
-        model = nn.ModuleList([self.model(), nn.MultiheadAttention(EMBED, HEADS)])
+        model: Any = nn.ModuleList([self.model(), nn.MultiheadAttention(EMBED, HEADS)])
         convert(model, alpha=1)
         AlphaSchedule(model, 1.5, steps=1).step()
         assert model[0].config.entmax_alpha == model[1].alpha == 1.5
@@ -641,7 +643,7 @@ class TestSchedule:
         assert model.layers[0].self_attn.alpha == 1.25
 
     def test_learned_alphas_are_left_alone(self):
-        model = nn.ModuleList(
+        model: Any = nn.ModuleList(
             [EntmaxAttention(EMBED, HEADS, learnable_alpha=True), EntmaxAttention(EMBED, HEADS, alpha=1)]
         )
         AlphaSchedule(model, steps=1).step()
@@ -658,8 +660,9 @@ class TestSchedule:
             AlphaSchedule(model, start=0, steps=1)
         with pytest.raises(ValueError, match="steps=0: expected at least 1"):
             AlphaSchedule(model, steps=0)
+        steps: Any = 1.5
         with pytest.raises(TypeError, match=r"steps=1.5: expected an int"):
-            AlphaSchedule(model, steps=1.5)
+            AlphaSchedule(model, steps=steps)
 
 
 class TestCompile:

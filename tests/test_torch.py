@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ class TestFunc:
             torch.tensor([[1.5, 1.2, 1.8, 2.0]] * 3) - 0.1 * torch.rand(3, 1),
             torch.tensor([[7, 3], [0, 1], [2, 2]]),
         )
-        extras = {
+        extras: dict[str, Any] = {
             "plain": {},
             "alpha per head": {"alpha": (mapped_alpha[0], None), "seqlens_q": (torch.tensor([5, 2]), None)},
             "mapped alpha": {"alpha": (mapped_alpha, 0), "seqlens_k": (torch.tensor([7, 2]), None)},
@@ -141,7 +142,12 @@ class TestFunc:
     def test_one_call_of_the_backend_serves_all(self, monkeypatch):
         calls = []
         forward = ReferenceBackend.forward
-        monkeypatch.setattr(ReferenceBackend, "forward", lambda self, r: calls.append(r.q.shape) or forward(self, r))
+
+        def counted(backend, request):
+            calls.append(request.q.shape)
+            return forward(backend, request)
+
+        monkeypatch.setattr(ReferenceBackend, "forward", counted)
         torch.vmap(attention)(*inputs(3))
         torch.vmap(partial(attention, alpha=torch.full((4,), 1.3)))(*inputs(3))
         assert calls == [(6, 4, 5, 8), (2, 12, 5, 8)]
@@ -149,7 +155,7 @@ class TestFunc:
     @pytest.mark.parametrize("alpha_dim", [None, 0, "float"])
     def test_vmap_of_entmax(self, alpha_dim):
         x = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
-        alpha = 1.7 if alpha_dim == "float" else torch.tensor([[1.2], [1.5], [1.9]])[:, None].expand(3, 4, 1)
+        alpha: Any = 1.7 if alpha_dim == "float" else torch.tensor([[1.2], [1.5], [1.9]])[:, None].expand(3, 4, 1)
         if alpha_dim is None:
             alpha = alpha[0]
         dims = (0, alpha_dim if alpha_dim == 0 else None)
@@ -297,13 +303,18 @@ class TestCheckpoint:
     def test_gradients_and_recomputation(self, mode, alpha, monkeypatch):
         forwards = []
         forward = ReferenceBackend.forward
-        monkeypatch.setattr(ReferenceBackend, "forward", lambda self, r: forwards.append(1) or forward(self, r))
+
+        def counted(backend, request):
+            forwards.append(1)
+            return forward(backend, request)
+
+        monkeypatch.setattr(ReferenceBackend, "forward", counted)
 
         def policy(ctx, operator, *args, **kwargs):
             is_attention = operator == OPS.attention.default
             return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
-        options = {
+        options: dict[str, Any] = {
             "reentrant": {"use_reentrant": True},
             "not reentrant": {"use_reentrant": False},
             "selective": {

@@ -58,11 +58,12 @@ class RegisterTile(NamedTuple):
 
 def _features() -> Mapping[str, bool]:
     """What Numba compiles for: the host's, unless NUMBA_CPU_FEATURES, or NUMBA_CPU_NAME=generic, says otherwise."""
-    if config.CPU_FEATURES is None:
+    named: str | None = vars(config)["CPU_FEATURES"]
+    if named is None:
         host: Mapping[str, bool] = llvm.get_host_cpu_features()
         return host
     baseline = {"sse2": platform.machine().lower() in ("x86_64", "amd64")}
-    return baseline | {name[1:]: name[0] == "+" for name in config.CPU_FEATURES.split(",") if name}
+    return baseline | {name[1:]: name[0] == "+" for name in named.split(",") if name}
 
 
 _FEATURES = _features()
