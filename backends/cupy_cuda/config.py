@@ -85,8 +85,11 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
         head: ``head_class`` of the heads.
         capability: of the device, as (9, 0).
     """
-    room = SHARED_MEMORY[max(known for known in CAPABILITIES if known <= capability)]
-    candidates = _HALF[head] if dtype.itemsize == 2 else _FLOAT[head]
+    nearest = max(known for known in CAPABILITIES if known <= capability)
+    room = SHARED_MEMORY[nearest]
+    candidates = (_HALF if dtype.itemsize == 2 else _FLOAT)[head]
+    if dtype.itemsize == 2 and (nearest, head) in _HALF_OF_ONE:
+        candidates = [_HALF_OF_ONE[nearest, head]]
     for config in candidates:
         if all(shared_memory(config, name, dtype) <= room for name in ("scan", "output", "dq", "dkv")):
             return config
@@ -126,6 +129,20 @@ _HALF = {
         Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
     ],
 }
+# Where the compiler for one architecture would spill registers otherwise.
+_BLACKWELL_64 = Config(
+    64, 64, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)
+)
+_HALF_OF_ONE = {
+    ((8, 0), 256): Config(
+        256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)
+    ),
+    ((10, 0), 64): _BLACKWELL_64,
+    ((12, 0), 64): _BLACKWELL_64,
+    ((12, 0), 128): Config(
+        128, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)
+    ),
+}
 _FLOAT = {
     64: [
         Config(64, 64, 64, 32, Launch(4, 32, 2, 1), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(2, 32, 1, 1)),
@@ -135,7 +152,7 @@ _FLOAT = {
         Config(128, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 16, 1, 1)),
     ],
     256: [
-        Config(256, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 8, 1, 1)),
+        Config(256, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 8, 2, 1)),
         Config(256, 128, 16, 16, Launch(1, 16, 1, 1), Launch(1, 16, 1, 1), Launch(1, 16, 1, 1), Launch(1, 8, 1, 1)),
     ],
 }
