@@ -93,13 +93,14 @@ class TestFunc:
             torch.tensor([[1.5, 1.2, 1.8, 2.0]] * 3) - 0.1 * torch.rand(3, 1),
             torch.tensor([[7, 3], [0, 1], [2, 2]]),
         )
-        extras: dict[str, Any] = {
+        choices: dict[str, dict[str, Any]] = {
             "plain": {},
             "alpha per head": {"alpha": (mapped_alpha[0], None), "seqlens_q": (torch.tensor([5, 2]), None)},
             "mapped alpha": {"alpha": (mapped_alpha, 0), "seqlens_k": (torch.tensor([7, 2]), None)},
             "mapped lengths": {"seqlens_k": (mapped_lengths, 0)},
             "both mapped": {"alpha": (mapped_alpha, 0), "seqlens_k": (mapped_lengths, 0)},
-        }[name]
+        }
+        extras = choices[name]
         many = [
             tensor[0] if dim is None else tensor.movedim(0, dim) for tensor, dim in zip(inputs(3), in_dims, strict=True)
         ]
@@ -314,14 +315,15 @@ class TestCheckpoint:
             is_attention = operator == OPS.attention.default
             return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
 
-        options: dict[str, Any] = {
+        choices: dict[str, dict[str, Any]] = {
             "reentrant": {"use_reentrant": True},
             "not reentrant": {"use_reentrant": False},
             "selective": {
                 "use_reentrant": False,
                 "context_fn": partial(create_selective_checkpoint_contexts, policy),
             },
-        }[mode]
+        }
+        options = choices[mode]
         plain, again = (inputs(requires_grad=True) for _ in range(2))
         if alpha == "per head":
             for some in (plain, again):
