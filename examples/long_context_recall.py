@@ -21,11 +21,11 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 import torch
@@ -39,7 +39,6 @@ from torch.nn import functional as F
 
 import adasplash2
 
-LEARNED = "learned"
 # A model trained with softmax whose scores are multiplied, in tests alone, by log(seqlen) / log(training seqlen).
 SHARPENED = ", scores × log n"
 
@@ -48,21 +47,22 @@ class Kind(NamedTuple):
     """A kind of attention, and how it is trained and drawn.
 
     Attributes:
-        alpha: a number, 1 for softmax, or LEARNED for one per head.
-        slope: of the head that prefers recent keys the most; of 1 and 2 the one with which this kind learns better. At
-            2 this head's entmax sees nothing but its own token, and what has no weight gets no gradient.
+        alpha: a number, 1 for softmax; None for one per head, learned.
+        slope: of the head that prefers recent keys the most. Softmax learns the task better at 2 than at 1, entmax
+            better at 1 than at 2.
         colour: of Okabe and Ito's, which are apart for colour-blind eyes too.
     """
 
-    alpha: float | str
+    alpha: float | None
     slope: float
     colour: str
 
 
 MODELS = {
     "softmax": Kind(1.0, 2.0, "#0072B2"),
+    "softmax, slope as entmax": Kind(1.0, 1.0, "#56B4E9"),
     "entmax, α = 1.5": Kind(1.5, 1.0, "#D55E00"),
-    "entmax, α learned": Kind(LEARNED, 1.0, "#009E73"),
+    "entmax, α learned": Kind(None, 1.0, "#009E73"),
 }
 FACTORS = (1, 2, 4, 8, 16)
 TOKENS_PER_PAIR = 8  # of the sequence: 2 for the pair, 1 for its query, 5 that mean nothing
@@ -142,13 +142,13 @@ class Attention(nn.Module):
         self.project_out = nn.Linear(width, width, bias=False)
         recent = kind.slope * 0.5 ** torch.arange(heads // 2)
         self.register_buffer("slopes", torch.cat([recent, torch.zeros(heads - heads // 2)]))
-        self.fixed_alpha = None if kind.alpha == LEARNED else kind.alpha
-        self.raw_alpha = nn.Parameter(torch.zeros(heads)) if kind.alpha == LEARNED else None
+        self.fixed_alpha = kind.alpha
+        self.raw_alpha = nn.Parameter(torch.zeros(heads)) if kind.alpha is None else None
 
     @property
     def alpha(self) -> float | Tensor:
         """A number, or (heads,) in (1, 2), 1.5 at first."""
-        return self.fixed_alpha if self.raw_alpha is None else 1 + self.raw_alpha.sigmoid()
+        return 1 + self.raw_alpha.sigmoid() if self.fixed_alpha is None else self.fixed_alpha
 
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(batch, seqlen, width) to q, k (batch, heads, seqlen, head_dim + 1) and v (batch, heads, seqlen, head_dim).
@@ -174,7 +174,7 @@ class Attention(nn.Module):
         future = torch.arange(k.shape[2], device=k.device) > rows[:, None, :, None]
         scores = (sharpness * self.scale * q @ k.transpose(2, 3)).masked_fill(future, -math.inf)
         alpha = self.alpha
-        return adasplash2.entmax(scores, alpha if self.raw_alpha is None else alpha[:, None, None])
+        return adasplash2.entmax(scores, alpha[:, None, None] if isinstance(alpha, Tensor) else alpha)
 
 
 class Block(nn.Module):
@@ -211,7 +211,7 @@ class Model(nn.Module):
     def weights(self, recall: Recall, sharpness: float = 1.0) -> Iterator[Tensor]:
         """Each layer's attention weights at the queries: (batch, heads, pairs, seqlen)."""
         x = self.embed(recall.tokens)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             yield block.attention.weights(block.norm(x), recall.asked_at, sharpness)
             x = block(x, sharpness)
 
@@ -282,7 +282,7 @@ def run_one(
         losses.append(loss)
         state = f"{name}, seed {seed}: loss {loss:.2f}, {accuracy:.0%} right"
         progress.update(task, advance=1, state=state)
-    alphas = [block.attention.alpha for block in model.blocks]
+    alphas = [module.alpha for module in model.modules() if isinstance(module, Attention)]
     row = {
         "model": name,
         "seed": seed,
@@ -292,7 +292,7 @@ def run_one(
         "loss": [statistics.fmean(part) for part in _parts(losses, 20)],
         "lengths": evaluate(model, setting, device),
     }
-    if name == "softmax":
+    if MODELS[name].alpha == 1:
         row["lengths_sharpened"] = evaluate(model, setting, device, sharpened=True)
     return row
 
