@@ -88,7 +88,9 @@ def installed(built: Path) -> Path:
 
 def test_the_wheel_holds_every_module_and_nothing_else(wheel_files: set[str]) -> None:
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "adasplash2").rglob("*.py")}
-    expected |= {f"adasplash2/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "backends").rglob("*.py")}
+    backends = [path for suffix in ("py", "cu", "cuh") for path in (ROOT / "backends").rglob(f"*.{suffix}")]
+    expected |= {f"adasplash2/{path.relative_to(ROOT).as_posix()}" for path in backends}
+    assert "adasplash2/backends/cupy_cuda/kernels/scan.cu" in expected
     assert "adasplash2/backends/reference.py" in expected
     information = f"adasplash2-{VERSION}.dist-info/"
     assert {name for name in wheel_files if not name.startswith(information)} == expected | {"adasplash2/py.typed"}

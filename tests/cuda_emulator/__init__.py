@@ -214,7 +214,8 @@ class EmulatedLauncher:
         self, sources: dict[str, str], mains: Sequence[str], flags: Sequence[str], linked: Sequence[str]
     ) -> Path:
         """The library made of these sources, from the cache or new."""
-        flags = ["-std=c++17", "-march=native", "-fPIC", "-g1", "-gdwarf-4", *flags]
+        # Templates of one name in two libraries must not become one.
+        flags = ["-std=c++17", "-march=native", "-fPIC", "-fno-gnu-unique", "-g1", "-gdwarf-4", *flags]
         parts = repr((_toolchain(), flags, linked, mains, sorted(sources.items())))
         target = self._cache / hashlib.sha256(parts.encode()).hexdigest()[:32]
         library = target / "library.so"
@@ -230,7 +231,7 @@ class EmulatedLauncher:
             objects = [f"{Path(main).stem}.o" for main in mains]
             for main, compiled in zip(mains, objects, strict=True):
                 _run(["g++", *flags, "-c", main, "-o", compiled], folder)
-            _run(["g++", "-shared", *objects, *linked, "-o", library.name], folder)
+            _run(["g++", "-shared", "-Wl,-Bsymbolic", *objects, *linked, "-o", library.name], folder)
             try:
                 folder.rename(target)
             except OSError:
@@ -343,7 +344,10 @@ def _extents_of_pointers(pointers: dict[int, str]) -> Iterator[tuple[int, int]]:
     for tensor in gc.get_objects() if pointers else ():
         if not issubclass(type(tensor), torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
             continue
-        begin, end = _extent(tensor) if tensor.numel() else (0, 0)
+        try:
+            begin, end = _extent(tensor) if tensor.numel() else (0, 0)
+        except RuntimeError:  # a tensor of a trace has no memory
+            continue
         if begin in pointers and end > extents.get(begin, (0, 0))[1]:
             extents[begin] = begin, end
     for pointer, name in pointers.items():

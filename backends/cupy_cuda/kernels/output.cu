@@ -12,12 +12,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
   constexpr int MAX_STEPS = 16;
-  constexpr bool IN_REGISTERS = false;
   extern __shared__ __align__(128) unsigned char smem[];
   float* scratch = reinterpret_cast<float*>(smem);
   T* q_tile = reinterpret_cast<T*>(smem + 128);
-  // Queries that went to registers leave their place to keys and values.
-  T* k_tiles = IN_REGISTERS ? q_tile : q_tile + BLOCK_M * D;
+  T* k_tiles = q_tile + BLOCK_M * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
   float* staging = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV) + warp_of() * STAGING<M, N>;
 
@@ -38,11 +36,6 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   cp_async_wait<0>();
   __syncthreads();
   apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-  Fragments<T, D, M> fragments;
-  if constexpr (IN_REGISTERS) {
-    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
-    __syncthreads();
-  }
 
   // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
   float tau[R], f[R], g[R];
@@ -63,11 +56,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
     const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
     clear(p);
-    if constexpr (IN_REGISTERS) {
-      scores<T, D, M, N>(p, fragments, keys);
-    } else {
-      scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, keys);
-    }
+    scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, keys);
     if (j >= n_whole) mask_scores<M, N>(p, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
 #pragma unroll
     for (int row = 0; row < R; row++)
