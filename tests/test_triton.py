@@ -11,10 +11,9 @@ import pytest
 import torch
 from strategies import Case
 
-import adasplash2
 from adasplash2 import registry
 from adasplash2.contract import AttentionRequest, EntmaxRequest
-from adasplash2.testing import assert_close, attention_truth, make_inputs, run_attention
+from adasplash2.testing import assert_close, attention_truth, run_attention
 
 triton = pytest.importorskip("triton")
 
@@ -210,47 +209,6 @@ def test_initialisations(init: Any) -> None:
         truth = attention_truth(request, dout)
         for quantity, result in run_attention(TritonBackend(init), request, dout).items():
             assert_close(result, truth, quantity, f"{init}, {kind}")
-
-
-@pytest.mark.gpu
-def test_forward_and_backward_in_a_cuda_graph() -> None:
-    """Nothing waits for the device, and a replay computes on what the inputs then hold."""
-    inputs = make_inputs("topics", heads_q=2, seqlen_q=300, head_dim=64, dtype=torch.bfloat16, device="cuda")
-    q, k, v = (t.clone().requires_grad_() for t in inputs[:3])
-
-    def step() -> tuple[torch.Tensor, ...]:
-        out = adasplash2.attention(q, k, v, is_causal=True, backend="triton")
-        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
-
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        q.mul_(0.5)
-    graph.replay()
-    for one, other in zip(captured, step(), strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.gpu
-def test_another_stream() -> None:
-    """The kernels run on the stream that torch is set to, after what was asked of it before."""
-    inputs = make_inputs("iid", heads_q=2, seqlen_q=500, head_dim=64, dtype=torch.bfloat16, device="cuda")
-    expected = adasplash2.attention(*inputs[:3], is_causal=True, backend="triton")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(10_000_000)
-        q = inputs.q + 0
-        out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend="triton")
-    stream.synchronize()
-    assert torch.equal(out, expected)
 
 
 def test_configurations_are_pure() -> None:

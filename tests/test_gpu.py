@@ -1,0 +1,56 @@
+"""Streams and graphs of a CUDA device, on each backend that serves one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import adasplash2
+from adasplash2.testing import make_inputs
+
+pytestmark = pytest.mark.gpu
+
+
+def made(target, kind, seqlen):
+    if target.device.type != "cuda":
+        pytest.skip(f"{target.name} serves no CUDA device")
+    return make_inputs(kind, heads_q=2, seqlen_q=seqlen, head_dim=64, dtype=torch.bfloat16, device="cuda")
+
+
+def test_forward_and_backward_in_a_cuda_graph(target):
+    """Nothing waits for the device, and a replay computes on what the inputs then hold."""
+    inputs = made(target, "topics", 300)
+    q, k, v = (t.clone().requires_grad_() for t in inputs[:3])
+
+    def step():
+        out = adasplash2.attention(q, k, v, is_causal=True, backend=target.name)
+        return out, *torch.autograd.grad(out, (q, k, v), inputs.dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.mul_(0.5)
+    graph.replay()
+    for one, other in zip(captured, step(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_stream(target):
+    """The kernels run on the stream that torch is set to, after what was asked of it before."""
+    inputs = made(target, "iid", 500)
+    expected = adasplash2.attention(*inputs[:3], is_causal=True, backend=target.name)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        q = inputs.q + 0
+        out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend=target.name)
+    stream.synchronize()
+    assert torch.equal(out, expected)
