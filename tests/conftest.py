@@ -76,7 +76,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 def device_of(candidate: registry.Candidate) -> torch.device:
     """Where a backend is tried: with TRITON_INTERPRET=1, Triton's interpreter runs on the CPU."""
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or isinstance(candidate.backend, str):
         return torch.device("cpu")
     if candidate.devices:
         return torch.device(candidate.devices[0])
