@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adasplash2
+from adasplash2.options import output
 
 # A model trained with softmax whose scores are multiplied, in tests alone, by log(seqlen) / log(training seqlen).
 SHARPENED = ", scores × log n"
@@ -381,8 +382,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=_at_least(1), help="training steps; the preset's unless given")
     parser.add_argument("--seqlen", type=_training_length, help="of the training; the preset's unless given")
     parser.add_argument("--device", type=torch.device, help="cuda for the preset gpu, else cpu, unless given")
-    parser.add_argument("--out", type=_file_of(".png"), default="long_context_recall.png", help="picture to write")
-    parser.add_argument("--json", type=_file_of(".json"), default="long_context_recall.json", help="results to write")
+    parser.add_argument("--out", type=output(".png"), default="long_context_recall.png", help="picture to write")
+    parser.add_argument("--json", type=output(".json"), default="long_context_recall.json", help="results to write")
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it")
     parser.add_argument(
         "--results", type=Path, nargs="+", metavar="JSON", help="take these results, put together, and train nothing"
@@ -402,18 +403,6 @@ def _at_least(lowest: int, multiple_of: int = 1) -> Any:
 
 
 _training_length = _at_least(2 * TOKENS_PER_PAIR, multiple_of=TOKENS_PER_PAIR)
-
-
-def _file_of(suffix: str) -> Any:
-    def file(text: str) -> Path:
-        path = Path(text)
-        if path.suffix != suffix:
-            raise argparse.ArgumentTypeError(f"{text}: expected the name of a {suffix} file")
-        if not path.parent.is_dir():
-            raise argparse.ArgumentTypeError(f"{text}: its folder does not exist")
-        return path
-
-    return file
 
 
 def run_all(seeds: range, setting: Setting, device: torch.device, console: Console) -> list[dict[str, Any]]:
