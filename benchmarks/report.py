@@ -218,14 +218,12 @@ def _details(title: str, body: str) -> str:
     return f'<details markdown="1"><summary>{title}</summary>\n\n{body}\n\n</details>'
 
 
-def _device(results: Results) -> str:
-    stamp = results.stamp
+def _device(stamp: Mapping[str, Any]) -> str:
     return f"{stamp['info']['cpu']}, {stamp['threads']} threads" if stamp["device"] == "cpu" else str(stamp["device"])
 
 
-def _machine(results: Results) -> str:
-    stamp, info = results.stamp, results.stamp["info"]
-    device = _device(results)
+def _machine(stamp: Mapping[str, Any]) -> str:
+    device, info = _device(stamp), stamp["info"]
     if stamp["device"] == "cpu":
         device += f" ({info['cpu features']})"
     compiler = "numba" if stamp["device"] == "cpu" else "triton"
@@ -312,11 +310,11 @@ def _goals_table(results: Results) -> str:
 
 def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
     yield (
-        f"Measured on {_machine(results)}. Batch 1, causal and bfloat16 unless said. Times are those of a call through "
-        "the public API with a cold L2 cache, host time included, in units of FlashAttention-2's in the same run: less "
-        "is better. `blocks` is the share of the visible 128 x 64 blocks that hold a weight. Medians of interleaved "
-        "rounds, 20% to 80% in brackets; where nothing stands, the correctness gate refused the result, or nothing was "
-        "timed."
+        f"Measured on {_machine(results.stamp)}. Batch 1, causal and bfloat16 unless said. Times are those of a call "
+        "through the public API with a cold L2 cache, host time included, in units of FlashAttention-2's in the same "
+        "run: less is better. `blocks` is the share of the visible 128 x 64 blocks that hold a weight. Medians of "
+        "interleaved rounds, 20% to 80% in brackets; where nothing stands, the correctness gate refused the result, or "
+        "nothing was timed."
     )
     yield _gpu_table(results)
     yield from (f"![{name}]({image})" for name, image in images.items())
@@ -329,7 +327,7 @@ def _sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
     plain = results.attention()
     others = [case for case in results.cases if case["op"] == "attention" and case not in plain]
     yield (
-        f"Measured on {_machine(results)}. Batch 1, 8 heads. Medians of interleaved rounds, after a correctness "
+        f"Measured on {_machine(results.stamp)}. Batch 1, 8 heads. Medians of interleaved rounds, after a correctness "
         "gate that every provider must pass."
     )
     yield (
@@ -407,8 +405,8 @@ def _joined(found: Sequence[Results], texts: Iterable[str], title: Callable[[Res
     parts = []
     device = ""
     for results, text in zip(found, texts, strict=True):
-        if _device(results) != device:
-            device = _device(results)
+        if _device(results.stamp) != device:
+            device = _device(results.stamp)
             parts.append(title(results))
         parts.append(text)
     return "\n\n".join(parts)
@@ -557,11 +555,60 @@ def plots(results: Results, folder: Path | None = None) -> dict[str, Path]:
 
 def newest_complete(folder: Path) -> list[Path]:
     """The last results file of each machine, without those of partial runs and files of another kind."""
+    return _newest(folder, "", "rows")
+
+
+def _newest(folder: Path, suffix: str, key: str) -> list[Path]:
+    """Of the files MACHINE-DATE with this suffix that have the key, the last one of each machine."""
     newest: dict[str, Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if (found := re.fullmatch(rf"(.+){DATE}", path.stem)) and "rows" in json.loads(path.read_text()):
+        if (found := re.fullmatch(rf"(.+){DATE}{suffix}", path.stem)) and key in json.loads(path.read_text()):
             newest[found[1]] = path
     return list(newest.values())
+
+
+def training(folder: Path) -> str:
+    """What training.py found on each machine; nothing without its results."""
+    return "\n\n".join(part for path in _newest(folder, "-training", "states") for part in _training_sections(path))
+
+
+def _training_sections(path: Path) -> Iterator[str]:
+    results = json.loads(path.read_text())
+    setting, states = results["setting"], results["states"]
+    yield f"### Training on {_device(results['stamp'])}"
+    yield (
+        f"A Llama-style model of transformers ({setting['layers']} layers, {setting['heads']} heads of "
+        f"{setting['head_dim']} channels, {setting['parameters'] / 1e6:.3g} million parameters), "
+        f"{setting['seqlen']} tokens x {setting['batch']}, bfloat16 autocast: forward, backward and optimiser step, "
+        f"measured on {_machine(results['stamp'])}. Speed is in units of sdpa's in the same rounds: more is better."
+    )
+    lines = []
+    for state in states:
+        weights = f"after {state['steps']} steps with entmax" if state["steps"] else "random"
+        for row in state["rows"]:
+            if row["status"] == "timed":
+                low, high = (f"{1e-3 * row['tokens_per_second'][i]:.1f}" for i in (1, 2))
+                speed = f"{1e-3 * row['tokens_per_second'][0]:.1f} ({low} to {high})"
+                lines.append([weights, row["label"], speed, _times_with_spread(row), _mb(row)])
+    yield markdown_table(["weights", "attention", "thousand tokens / s", "speed", "MB"], lines)
+    for state in states:
+        if state["support"]:
+            layers = (
+                f"{layer['size']:.3g} ({_share(layer['elements'])}, {_share(layer['blocks'])})"
+                for layer in state["support"]
+            )
+            when = f"after {state['steps']} steps" if state["steps"] else "at random weights"
+            yield f"Keys a row in each layer {when} (of the weights, of the blocks): {', '.join(layers)}."
+    operators = {
+        operator
+        for state in states
+        for row in state["rows"]
+        if row["provider"].startswith("sdpa")
+        for operator in row.get("operators", ())
+        if operator.startswith("aten::_") and not operator.endswith("_backward")
+    }
+    if operators:
+        yield f"torch's softmax attention was {' and '.join(f'`{operator}`' for operator in sorted(operators))}."
 
 
 def fill(page: Path, parts: Mapping[str, str]) -> None:
@@ -613,11 +660,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             fill(
                 page,
                 {
-                    "benchmarks": _joined(found, map(markdown, found, images), lambda own: f"### {_device(own)}"),
+                    "benchmarks": _joined(found, map(markdown, found, images), lambda own: f"### {_device(own.stamp)}"),
                     "summary": _joined(
-                        found, map(summary, found, images), lambda own: f"**{_device(own)}**: {_about(own)}"
+                        found, map(summary, found, images), lambda own: f"**{_device(own.stamp)}**: {_about(own)}"
                     ),
                     "goals": "\n\n".join(filter(None, map(_goals_table, found))),
+                    "training": training(ROOT / "benchmarks" / "results"),
                 },
             )
             print(f"written: {page}")

@@ -219,3 +219,53 @@ def test_cases_are_found_by_pattern() -> None:
     assert 0 < len(cases.find([], quick=True)) < len(cases.CASES)
     with pytest.raises(ValueError, match="case='nothing\\*': matches none"):
         cases.find(["nothing*"])
+
+
+@pytest.fixture(scope="module")
+def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run at a tiny size, in which one contestant fails."""
+    pytest.importorskip("transformers")
+    import training
+
+    def fails(case: cases.Case, arguments: tuple[Tensor, ...]) -> Ready:
+        return Ready(raises)
+
+    path = tmp_path_factory.mktemp("results") / "tiny-2026-01-01-training.json"
+    sizes = ("--seqlen", "64", "--layers", "1", "--heads", "2", "--head-dim", "32", "--steps", "2")
+    with pytest.MonkeyPatch.context() as patch:
+        known = [provider for provider in training.providers() if provider.name in ("sdpa-bf16", "numba")]
+        peer = Provider("adasplash", "adasplash", "attention", "rough entmax", fails)
+        patch.setattr(training, "providers", lambda: [*known, peer])
+        arguments = ("--attention", "sdpa-bf16", "numba", "adasplash", "--seconds", "0.01", "--json", str(path))
+        assert training.main([*sizes, *arguments]) == 1
+    return path
+
+
+def test_training_file(training_file: Path) -> None:
+    found = json.loads(training_file.read_text())
+    assert found["setting"]["seqlen"] == 64
+    assert [state["steps"] for state in found["states"]] == [0, 2]
+    for state in found["states"]:
+        (layer,) = state["support"]
+        assert 1 < layer["size"] <= 32.5
+        softmax, entmax, peer = state["rows"]
+        assert (peer["status"], peer["reason"]) == ("failed", "RuntimeError: out of order")
+        assert (softmax["status"], entmax["status"]) == ("timed", "timed")
+        assert softmax["speedup"] == [1, 1, 1]
+        assert any("scaled_dot_product" in operator for operator in softmax["operators"])
+        assert entmax["operators"] == ["adasplash2::attention", "adasplash2::attention_backward"]
+        assert entmax["tokens_per_second"][0] == pytest.approx(1e3 * 64 / entmax["ms"][0], rel=1e-3)
+        # Equal weights, and another attention: nearly the same loss, but not the same.
+        assert softmax["loss"] == pytest.approx(entmax["loss"], rel=0.01)
+        assert softmax["loss"] != entmax["loss"]
+    before, after = (state["rows"][1]["loss"] for state in found["states"])
+    assert after < before
+
+
+def test_training_is_reported(training_file: Path, tmp_path: Path) -> None:
+    text = report.training(training_file.parent)
+    speed = json.loads(training_file.read_text())["states"][1]["rows"][1]["speedup"][0]
+    assert "| after 2 steps with entmax | adasplash2 numba |" in text
+    assert f"{speed:.2f}" in text
+    assert "`aten::_scaled_dot_product" in text
+    assert report.training(tmp_path) == ""
