@@ -703,6 +703,41 @@ class TestCompile:
             compiled(x, x, x, **masks)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("learnable_alpha", [False, True])
+def test_forward_and_backward_in_a_cuda_graph(target, learnable_alpha):
+    """Neither padding nor alpha is read from the device, and a replay computes on what the inputs then hold."""
+    if target.device.type != "cuda":
+        pytest.skip(f"{target.name} serves no CUDA device")
+    module = EntmaxAttention(64, 4, batch_first=True, learnable_alpha=learnable_alpha, backend=target.name)
+    module.to("cuda", torch.bfloat16)
+    x, dout = torch.randn(2, BATCH, 200, 64, dtype=torch.bfloat16, device="cuda")
+    x.requires_grad_()
+    padding = scattered_padding(200).cuda()
+
+    def step():
+        out, _ = module(x, x, x, key_padding_mask=padding, is_causal=True)
+        return out, *torch.autograd.grad(out, [x, *module.parameters()], dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            before = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.mul_(2)
+        dout.mul_(2)
+        padding.copy_(padding.flip(0))
+    graph.replay()
+    for one, other, earlier in zip(captured, step(), before, strict=True):
+        torch.testing.assert_close(one, other)
+        assert not torch.equal(one, earlier)
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("options", "error", "message"),

@@ -15,7 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
 import adasplash2
+from adasplash2.contract import AttentionRequest
 from adasplash2.integrations.transformers import Mask, register
+from adasplash2.testing import YARDSTICK
 
 ALPHA = 1.5
 VOCABULARY = 32
@@ -207,6 +209,75 @@ def test_generate(name, padding, cache):
     ours, expected = (model.generate(tokens(), attention_mask=padding_mask(padding), **options) for model in models)
     assert torch.equal(ours, expected)
     assert_sparse()
+
+
+def in_half_precision(target):
+    """A model in bfloat16 on the backend and device, the same on dense entmax, and the latter in float64."""
+    x = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16, device=target.device)
+    target.serving(AttentionRequest(x, x, x, 1.0))
+    register(alpha=ALPHA, backend=target.name)
+    ours, dense = (model.to(target.device, torch.bfloat16) for model in pair(DECODERS["llama"]))
+    return ours, dense, copy.deepcopy(dense).double()
+
+
+def assert_as_accurate(ours, dense, truth):
+    """That an error is at most that of dense evaluation in half precision, but for another order of rounding."""
+    error, yardstick = ((x.double() - truth).norm() for x in (ours, dense))
+    assert yardstick > 0
+    assert error <= YARDSTICK * yardstick
+
+
+def test_half_precision(target):
+    models = in_half_precision(target)
+    mask = padding_mask("left").to(target.device)
+    logits, grads = [], []
+    for model in models:
+        logits.append(model(tokens().to(target.device), attention_mask=mask).logits[mask.bool()])
+        logits[-1].double().square().sum().backward()
+        # Of one weight by itself, the error of dense evaluation is a matter of chance.
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert_as_accurate(*logits)
+    assert_as_accurate(*grads)
+    assert_sparse()
+
+
+STATIC = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "cache_implementation": "static"}
+
+
+def generate_static(model, device, **options):
+    mask = padding_mask("left").to(device)
+    return model.generate(tokens().to(device), attention_mask=mask, **STATIC, **options)
+
+
+def test_generate_in_half_precision(target):
+    ours, dense, truth = in_half_precision(target)
+    options = {"output_logits": True, "return_dict_in_generate": True, "disable_compile": True}
+    expected = generate_static(truth, target.device, **options)
+
+    def as_expected(before, scores):
+        """Two tokens may be nearly as likely: all go on with the same, lest the next logits be of another text."""
+        token = expected.sequences[:, before.shape[1], None]
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+    found = [
+        generate_static(model, target.device, logits_processor=[as_expected], **options) for model in (ours, dense)
+    ]
+    assert all(torch.equal(own.sequences, expected.sequences) for own in found)
+    assert_as_accurate(*(torch.stack(own.logits) for own in (*found, expected)))
+    assert_sparse()
+
+
+@pytest.mark.gpu
+def test_generate_as_transformers_compiles_it(target):
+    """On CUDA, decoding with a static cache is compiled, and captured in a CUDA graph, unless it is told otherwise."""
+    if target.device.type != "cuda":
+        pytest.skip(f"{target.name} serves no CUDA device")
+    torch._dynamo.reset()
+    register(alpha=ALPHA, backend=target.name)
+    model = build(DECODERS["llama"]).to("cuda", torch.float32)
+    expected = generate_static(model, "cuda", disable_compile=True)
+    assert torch.equal(generate_static(model, "cuda"), expected)
+    assert hasattr(model, "_compiled_call")
 
 
 @pytest.mark.parametrize(("window", "is_exact"), [(11, False), (12, True)])
