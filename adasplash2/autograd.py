@@ -148,6 +148,11 @@ def _is_intercepted(*tensors: Tensor | None) -> bool:
     return has_torch_function(tensors) or _C._autograd._profiler_enabled()
 
 
+def _is_direct(*tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors goes to the kernel at once, past autograd, too."""
+    return not (torch.compiler.is_compiling() or _is_intercepted(*tensors) or _is_recording())
+
+
 def _below_autograd(operator: Function, *args: Any) -> Any:
     """The operator as a Function's forward must call it.
 
@@ -223,7 +228,7 @@ class _Attention(_FirstOrder):
         ctx.mark_non_differentiable(tau)
         ctx.save_for_backward(*(getattr(request, name) for name in _TENSORS), tau, *saved)
         ctx.options = {name: getattr(request, name) for name in _OPTIONS}
-        ctx.backend = backend.name
+        ctx.backend = backend
         # A list passes through untouched: autograd does not see the saved tensors.
         return out, tau, saved
 
@@ -234,7 +239,9 @@ class _Attention(_FirstOrder):
             tensors = ctx.saved_tensors
             inputs, (tau, *saved) = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
             request = AttentionRequest(**dict(zip(_TENSORS, inputs, strict=True)), **ctx.options)
-            arguments = (dout, tau, saved, *_arguments(request), ctx.backend)
+            if _is_direct(dout, *inputs):
+                return None, None, None, *ctx.backend.backward(request, tau, saved, dout)
+            arguments = (dout, tau, saved, *_arguments(request), ctx.backend.name)
             grads = iter(_gradients(_attention_backward_op, _attention_backward, (dout, *inputs), *arguments))
             dinputs = [None if getattr(request, name) is None else next(grads) for name in _DIFFERENTIABLE]
         return None, None, None, *dinputs
