@@ -97,7 +97,7 @@ class Setting:
 
 PRESETS = {
     "cpu": Setting(),
-    "gpu": Setting(seqlen=128, steps=3000, seeds=5, batch=64, heads=8),
+    "gpu": Setting(seqlen=128, steps=1500, batch=64, heads=8),
 }
 
 
@@ -405,9 +405,10 @@ def _at_least(lowest: int, multiple_of: int = 1) -> Any:
 _training_length = _at_least(2 * TOKENS_PER_PAIR, multiple_of=TOKENS_PER_PAIR)
 
 
-def run_all(seeds: range, setting: Setting, device: torch.device, console: Console) -> list[dict[str, Any]]:
-    """Every model with every seed; on Ctrl-C, those that are done."""
-    runs: list[dict[str, Any]] = []
+def run_all(results: dict[str, Any], seeds: range, device: torch.device, path: Path, console: Console) -> None:
+    """Every model with every seed; each run is in the file as soon as it is done, and Ctrl-C keeps those."""
+    setting = Setting(**results["setting"])
+    runs = results["runs"]
     progress = Progress(
         BarColumn(),
         MofNCompleteColumn(),
@@ -422,27 +423,35 @@ def run_all(seeds: range, setting: Setting, device: torch.device, console: Conso
             for seed in seeds:
                 for name in MODELS:
                     runs.append(run_one(name, seed, setting, device, progress, task))
+                    write(results, path)
                     accuracies = ", ".join(f"{at['seqlen']}: {at['accuracy']:.1%}" for at in runs[-1]["lengths"])
                     console.print(f"{name}, seed {seed}: {accuracies} ({runs[-1]['seconds']:.0f} s)", highlight=False)
         except KeyboardInterrupt:
             console.print(f"stopped: {len(runs)} of {len(seeds) * len(MODELS)} runs are done")
-    return runs
 
 
 def train_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     changes = {name: value for name in ("seeds", "steps", "seqlen") if (value := getattr(options, name))}
     setting = dataclasses.replace(PRESETS[options.preset], **changes)
     device = options.device or torch.device("cuda" if options.preset == "gpu" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"device={device}: expected one that is there; torch finds no CUDA device")
     seeds = range(options.first_seed, options.first_seed + setting.seeds)
     sizes = dataclasses.asdict(setting)
     del sizes["seeds"]  # the runs tell them
-    return {
+    results = {
         "setting": sizes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {package: version(package) for package in ("adasplash2", "torch")},
-        "runs": run_all(seeds, setting, device, console),
+        "runs": [],
     }
+    run_all(results, seeds, device, options.json, console)
+    return results
+
+
+def write(results: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def together(paths: Sequence[Path]) -> dict[str, Any]:
@@ -461,7 +470,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = together(options.results) if options.results else train_all(options, console)
     if not results["runs"]:
         return 130
-    options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(results, options.json)
     for table in tables(results):
         console.print(table)
     draw(results, options.out)

@@ -21,7 +21,7 @@ sys.path.append(str(Path(__file__).parent.parent / "examples"))
 import long_context_recall as recall
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RESULTS = EXAMPLES / "results" / "long_context_recall.json"
+RESULTS = sorted((EXAMPLES / "results").glob("long_context_recall*.json"))
 
 # Script: its arguments for a run of seconds, and the files that it then writes.
 RUNS = {
@@ -187,8 +187,31 @@ def test_bad_options_are_refused(option: str, message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
-def test_the_readme_shows_the_committed_results() -> None:
-    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="device=cuda: expected one that is there"):
+        recall.main(["--preset=gpu"])
+
+
+def test_a_run_is_in_the_file_before_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    once = recall.run_one
+    kept: list[list[str]] = []
+
+    def run_one(name: str, *others: Any) -> dict[str, Any]:
+        file = Path("long_context_recall.json")
+        kept.append([run["model"] for run in json.loads(file.read_bytes())["runs"]] if file.exists() else [])
+        return once(name, *others)
+
+    monkeypatch.setattr(recall, "run_one", run_one)
+    assert recall.main(["--steps=1", "--seqlen=16", "--seeds=1"]) == 0
+    assert kept == [list(recall.MODELS)[:i] for i in range(len(recall.MODELS))]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_readme_shows_the_committed_results(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
     assert {(run["model"], run["seed"]) for run in results["runs"]} == {
         (name, seed) for name in recall.MODELS for seed in range(recall.Setting().seeds)
     }
@@ -201,4 +224,4 @@ def test_the_readme_shows_the_committed_results() -> None:
     softmaxes = sum(kind.alpha == 1 for kind in recall.MODELS.values())
     assert len(lines) == 3 * (2 + len(recall.MODELS) + softmaxes)
     assert [line for line in lines if line not in readme] == []
-    assert RESULTS.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG\r\n")
