@@ -25,6 +25,9 @@ KERNELS = (
     *("scaled<half, 3>", "scaled<float, 0>", "scaled_by_structure", "indices", "collectives", "block_sums"),
     *("round_trip<half>", "round_trip<bf16>", "copies<0>", "copies<1>", "copies<2>", "copies<3>"),
     *(f"product<{t}, {transposed}>" for t in ("half", "bf16") for transposed in ("false", "true")),
+    *(f"warpgroup_product<{t}, {o}, true, true>" for t in ("half", "bf16") for o in ("ROWS", "REGISTERS", "COLUMNS")),
+    *("warpgroup_product<half, ROWS, false, true>", "warpgroup_product<half, ROWS, true, false>"),
+    "products_of_warpgroups_differ",
     *(f"{name}<{on}>" for name in ("reversed", "reversed_in_warp", "reversed_twice") for on in ("false", "true")),
     *("add_atomically", "add_plainly", "mark_plainly", "half_a_warp_votes", "halves_of_a_warp_part"),
     *("half_a_block_waits", "halves_of_a_block_wait_apart", "reads_unwritten", "stores_shared", "stores_global"),
@@ -157,6 +160,33 @@ def test_matrix_product(launcher: EmulatedLauncher, dtype: torch.dtype, transpos
     d = torch.empty(16, 16)
     launcher.launch(SOURCE, f"product<{TYPES[dtype]}, {str(transposed).lower()}>", 1, 32, 1024, [a, b, d])
     torch.testing.assert_close(d, a.float() @ (b.mT if transposed else b).float())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("operands", ["ROWS", "REGISTERS", "COLUMNS"])
+def test_product_of_a_warpgroup(launcher: EmulatedLauncher, dtype: torch.dtype, operands: str) -> None:
+    a, b = random(2, 64, 64, dtype=dtype)
+    d = torch.empty(64, 64)
+    kernel = f"warpgroup_product<{TYPES[dtype]}, {operands}, true, true>"
+    launcher.launch(SOURCE, kernel, 1, 128, 16384, [a, b, d])
+    torch.testing.assert_close(d, 2 * a.float() @ (b if operands == "COLUMNS" else b.mT).float())
+
+
+def test_products_of_warpgroups_go_wrong(launchers: Launchers) -> None:
+    a, b = random(2, 64, 64, dtype=torch.float16)
+    d = torch.zeros(64, 64)
+    launchers().launch(SOURCE, "warpgroup_product<half, ROWS, true, false>", 1, 128, 16384, [a, b, d])
+    assert d.isnan().all()
+    kernel = "warpgroup_product<half, ROWS, false, true>"
+    with pytest.raises(KernelError, match="read by wgmma without a fence after it was written: byte 8192 of shared"):
+        launchers(is_checked=True).launch(SOURCE, kernel, 1, 128, 16384, [a, b, d])
+    launch = launchers().launch
+    with pytest.raises(KernelError, match="wgmma of different operands in a warpgroup"):
+        launch(SOURCE, "products_of_warpgroups_differ", 1, 128, 8224, [d])
+    with pytest.raises(KernelError, match="wgmma out of bounds: byte 8032 of shared memory, which has 8000"):
+        launch(SOURCE, "products_of_warpgroups_differ", 1, 128, 8000, [d])
+    with pytest.raises(KernelError, match="wgmma in a block without whole warpgroups"):
+        launch(SOURCE, "products_of_warpgroups_differ", 1, 64, 8224, [d])
 
 
 def test_collectives(launcher: EmulatedLauncher) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 _HERE = Path(__file__).parent
-_RUNTIME_SOURCES = ("runtime/runtime.cpp", "runtime/operations.cpp", "runtime/checks.cpp")
+_RUNTIME_SOURCES = ("runtime/runtime.cpp", "runtime/operations.cpp", "runtime/warpgroups.cpp", "runtime/checks.cpp")
 # What runtime/checks.cpp has the functions for.
 _CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero")
 _ERROR_BYTES = 4096

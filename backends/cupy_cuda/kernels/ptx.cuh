@@ -103,6 +103,88 @@ __device__ __forceinline__ void mma_m16n8k16<half>(float (&d)[4], const unsigned
 }
 #endif
 
+// ---- wgmma (sm_90a): the four warps of a warpgroup multiply 64 rows, each warp 16 of them, and find the sums where
+// mma.sync would leave them. Operands in shared memory are rows of 128 bytes whose chunks of 16 are permuted by the row
+// (place_of in common.cuh), in groups of eight rows at multiples of 1024 bytes. The threads go on meanwhile.
+
+// Shows what this thread has written to shared memory to products that come after the next barrier.
+__device__ __forceinline__ void wgmma_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before a product that takes registers which threads have touched.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+#define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define ADDS "r"(static_cast<int>(adds))
+#define SUMS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
+#define WGMMA(type, operands, transposes)                                                                             \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, %32, 0;\n"                                                                  \
+  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                         \
+  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
+  "%24, %25, %26, %27, %28, %29, %30, %31}, " operands ", adds, 1, 1, " transposes ";\n}"
+
+// Until at most N of the warpgroup's youngest groups are under way.
+template <int N>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// The sums are read after this alone.
+__device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : SUMS); }
+
+// How wgmma finds an operand: `stride` bytes from each eight rows to the next ones. Since no operand is wider than the
+// 128 bytes of the swizzle, the offset in the other direction counts for nothing.
+__device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, int stride) {
+  constexpr unsigned long long SWIZZLED_BY_128_BYTES = 1ULL << 62, UNUSED_OFFSET = 1ULL << 16;
+  return SWIZZLED_BY_128_BYTES | static_cast<unsigned long long>(stride >> 4) << 32 | UNUSED_OFFSET |
+         smem_address(tile) >> 4;
+}
+
+template <class T>
+constexpr bool IS_BF16 = false;
+
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
+// d = a b^T of 16 columns, added to d if `adds`. a in shared memory, or in registers as mma.sync takes it.
+template <class T>
+__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("bf16", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
+  } else {
+    asm volatile(WGMMA("f16", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
+  }
+}
+
+#define ROWS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+
+template <class T>
+__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("bf16", "{%33, %34, %35, %36}, %37", "0") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+  } else {
+    asm volatile(WGMMA("f16", "{%33, %34, %35, %36}, %37", "0") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+  }
+}
+
+// The same with b instead of b^T: 16 rows of 64 columns, read by columns.
+template <class T>
+__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b,
+                                              bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("bf16", "{%33, %34, %35, %36}, %37", "1") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+  } else {
+    asm volatile(WGMMA("f16", "{%33, %34, %35, %36}, %37", "1") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+  }
+}
+
+#undef FOUR
+#undef SUMS
+#undef WGMMA
+#undef ADDS
+#undef ROWS
+
 template <class V>
 __device__ __forceinline__ V shfl_xor(V value, int mask) {
   return __shfl_xor_sync(WHOLE_WARP, value, mask);

@@ -50,6 +50,19 @@ struct Vote {
     unsigned result;
 };
 
+// A step of a product by wgmma: 64 x 64 sums of a warpgroup from 16 columns of a and 16 rows of b^T, or of b.
+struct Step {
+    float* d;
+    unsigned a[4];
+    uint64_t a_operand, b_operand;
+    bool a_is_shared, b_is_by_columns, is_bf16, adds;
+};
+void begin_step(const Step& step, Site site);
+void commit_steps();
+void wait_for_steps(int groups, Site site);
+void fence_proxy();
+uint64_t operand(const void* tile, int stride, Site site);
+
 void mma_half(void* const* lanes);
 void mma_bf16(void* const* lanes);
 template <int MATRICES, bool TRANSPOSED>
@@ -118,6 +131,30 @@ inline void mma_m16n8k16(float (&d)[4], const unsigned (&a)[4], const unsigned (
     emulator::Fragments fragments = {d, a, b};
     auto operation = std::is_same_v<T, half> ? emulator::mma_half : emulator::mma_bf16;
     emulator::collective(operation, "mma_m16n8k16", &fragments, site);
+}
+
+inline void wgmma_proxy_fence() { emulator::fence_proxy(); }
+inline void wgmma_fence() {}
+inline void wgmma_commit() { emulator::commit_steps(); }
+template <int N>
+inline void wgmma_wait(EMULATOR_SITE) {
+    emulator::wait_for_steps(N, site);
+}
+inline void wgmma_pin(float (&)[8][4]) {}
+inline unsigned long long wgmma_operand(const void* tile, int stride, EMULATOR_SITE) {
+    return emulator::operand(tile, stride, site);
+}
+template <class T>
+inline void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], {}, a, b, true, false, std::is_same_v<T, bf16>, adds}, site);
+}
+template <class T>
+inline void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], {a[0], a[1], a[2], a[3]}, 0, b, false, false, std::is_same_v<T, bf16>, adds}, site);
+}
+template <class T>
+inline void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds}, site);
 }
 
 template <class V>

@@ -22,7 +22,7 @@ struct Event {
     int32_t block = -1;
     int16_t thread;
     bool is_atomic;
-    uint32_t clock;
+    uint32_t clock, fences;
     const void* from;
 };
 
@@ -82,13 +82,21 @@ bool is_seen(const Event& event, const Fiber& self) {
     return event.thread == self.number || clocks[self.number][event.thread] >= event.clock;
 }
 
+// Whether the writer has fenced since, and this thread has seen that.
+bool is_fenced(const Event& written, const Fiber& self) {
+    const std::vector<uint32_t>& fences = fibers[written.thread].fences;
+    if (written.fences >= fences.size()) return false;
+    return written.thread == self.number || clocks[self.number][written.thread] >= fences[written.fences];
+}
+
 [[noreturn]] void fail(const std::string& what, const void* address, const void* from) {
     abandon(what + ": " + describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from}));
 }
 
 std::string race(const Event& other, const char* did, Access access, const void* address, const void* from) {
     std::string who = format("thread %d of block %d", other.thread, other.block);
-    return std::string("race: ") + (access == Access::read ? "read" : "written") + " without a barrier after " + who +
+    bool is_read = access == Access::read || access == Access::product;
+    return std::string("race: ") + (is_read ? "read" : "written") + " without a barrier after " + who +
             " has " + did + " it at " + to_string({{"", 0}, other.from}) + ": " + describe_address(address) + "; " +
             where() + " at " + to_string({{"", 0}, from});
 }
@@ -103,10 +111,13 @@ void touch(Shadow& shadow, Access access, const void* address, const void* from)
         auto* byte = static_cast<const unsigned char*>(address);
         suspects.push_back({byte, *byte, message});
     }
-    Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number], from};
+    Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number],
+                   uint32_t(self.fences.size()), from};
     if (shadow.written.block < 0 && access != Access::write && is_shared(address, 1))
         fail("read before it is written", address, from);
-    if (access == Access::read) {
+    if (access == Access::product && !is_fenced(shadow.written, self))
+        fail("read by wgmma without a fence after it was written", address, from);
+    if (access == Access::read || access == Access::product) {
         // The first reader and the last one stand for all.
         shadow.read[is_seen(shadow.read[0], self) ? 0 : 1] = event;
         return;
@@ -173,8 +184,11 @@ void end_copy(const Copy& copy) {
     for (int i = 0; i < copy.bytes; ++i) {
         shadow[i].is_pending = false;
         shadow[i].written.clock = clocks[running().number][running().number];
+        shadow[i].written.fences = uint32_t(running().fences.size());
     }
 }
+
+void fence_proxy() { running().fences.push_back(clocks[running().number][running().number]); }
 
 std::string settle_suspects() {
     std::string message;

@@ -269,12 +269,16 @@ void start_thread(int number) {
     fiber.state = State::running;
     fiber.copies.clear();
     fiber.groups = 0;
+    fiber.steps.clear();
+    fiber.step_groups = 0;
+    fiber.fences.clear();
 }
 
 void run_block() {
     std::memset(shared_memory, POISON, std::size_t(launch->shared_bytes));
     n_ended = 0;
     block_barrier = {};
+    start_warpgroups();
     for (int i = 0; i < n_threads; ++i) start_thread(i);
     for (int w = 0; w < n_warps; ++w) {
         int count = std::min(32, n_threads - 32 * w);
@@ -399,13 +403,7 @@ void abandon(const std::string& message) {
     __builtin_unreachable();
 }
 
-namespace {
-
-[[noreturn]] void fail(const std::string& message, Place place) {
-    abandon(message + "; " + where() + " at " + to_string(place));
-}
-
-}  // namespace
+void fail(const std::string& message, Place place) { abandon(message + "; " + where() + " at " + to_string(place)); }
 
 void collective(Operation operation, const char* name, void* argument, Site site) {
     Fiber& self = running();

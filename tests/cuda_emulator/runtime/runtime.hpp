@@ -50,6 +50,12 @@ struct Copy {
     int group;
 };
 
+struct StepUnderWay : Step {
+    float before[32];
+    bool is_first;  // of those under way that change these sums
+    int group;
+};
+
 enum class State { running, waiting, ended };
 
 struct Fiber : Thread {
@@ -59,6 +65,10 @@ struct Fiber : Thread {
     Place place;
     std::vector<Copy> copies;
     int groups;  // committed
+    std::vector<StepUnderWay> steps;
+    int step_groups;
+    // The thread's clock at each fence of the proxies.
+    std::vector<uint32_t> fences;
 };
 
 extern const Launch* launch;
@@ -79,6 +89,10 @@ bool is_in_tensors(const void* address, int64_t bytes);
 bool is_stack(const void* address);
 // Ends the launch with this message.
 [[noreturn]] void abandon(const std::string& message);
+[[noreturn]] void fail(const std::string& message, Place place);
+
+// warpgroups.cpp
+void start_warpgroups();
 
 // checks.cpp: which thread has seen whose accesses.
 void check_launch();
@@ -89,7 +103,8 @@ std::string settle_suspects();
 void join(const uint32_t* lanes_of_warps);
 void begin_copy(const Copy& copy, const void* address);
 void end_copy(const Copy& copy);
-enum class Access { read, write, atomic };
+// A product reads by another proxy than the threads write.
+enum class Access { read, write, atomic, product };
 void check_access(const void* address, int64_t bytes, Access access, const void* from);
 
 }  // namespace emulator

@@ -62,6 +62,62 @@ __global__ void product(const T* a, const T* b, float* d) {
   }
 }
 
+enum Operands { ROWS, REGISTERS, COLUMNS };
+
+// d (64, 64) = a (64, 64) b^T, or a b for COLUMNS, twice, with a in shared memory for ROWS; by a warpgroup.
+template <class T, Operands OPERANDS, bool FENCES, bool WAITS>
+__global__ void warpgroup_product(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* tiles = reinterpret_cast<T*>(smem);
+  const int lane = lane_of(), first = threadIdx.x / 32 * 16 + lane / 4;
+  for (int i = threadIdx.x; i < 1024; i += 128) {
+    const int row = i / 8 % 64, chunk = i % 8;
+    const T* from = (i < 512 ? a : b) + row * 64 + chunk * 8;
+    cp_async_16(tiles + i / 512 * 4096 + row * 64 + (chunk ^ row % 8) * 8, from, true);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  if constexpr (FENCES) wgmma_proxy_fence();
+  __syncthreads();
+  float sums[8][4] = {};
+  for (int turn = 0; turn < 2; turn++) {
+    wgmma_fence();
+    for (int step = 0; step < 4; step++) {
+      const T* rows = tiles + 4096 + (OPERANDS == COLUMNS ? step * 1024 : step * 16);
+      unsigned left[4];
+      for (int i = 0; i < 4; i++) {
+        const T* pair = a + (first + i % 2 * 8) * 64 + 16 * step + lane % 4 * 2 + i / 2 * 8;
+        left[i] = pair[0].bits | static_cast<unsigned>(pair[1].bits) << 16;
+      }
+      const bool adds = turn > 0 || step > 0;
+      if constexpr (OPERANDS == ROWS) {
+        wgmma_rows<T>(sums, wgmma_operand(tiles + step * 16, 1024), wgmma_operand(rows, 1024), adds);
+      } else if constexpr (OPERANDS == REGISTERS) {
+        wgmma_rows<T>(sums, left, wgmma_operand(rows, 1024), adds);
+      } else {
+        wgmma_columns<T>(sums, left, wgmma_operand(rows, 1024), adds);
+      }
+    }
+    wgmma_commit();
+  }
+  wgmma_wait<WAITS ? 0 : 1>();
+  for (int n = 0; n < 8; n++)
+    for (int e = 0; e < 4; e++) d[(first + e / 2 * 8) * 64 + 8 * n + lane % 4 * 2 + e % 2] = sums[n][e];
+  wgmma_wait<0>();
+}
+
+__global__ void products_of_warpgroups_differ(float* d) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  float sums[8][4] = {};
+  const unsigned left[4] = {};
+  for (int i = threadIdx.x; i < 2048; i += 128) reinterpret_cast<float*>(smem)[i] = 0;
+  __syncthreads();
+  wgmma_rows<half>(sums, left, wgmma_operand(smem + threadIdx.x / 64 * 32, 1024), false);
+  wgmma_commit();
+  wgmma_wait<0>();
+  d[threadIdx.x] = sums[0][0];
+}
+
 // A row of out for each collective.
 __global__ void collectives(const int* x, int* out) {
   const int i = threadIdx.x;
