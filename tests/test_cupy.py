@@ -198,7 +198,8 @@ def test_configurations_fit_the_devices() -> None:
             launch = getattr(config, name)
             rows = config.block_n if name == "dkv" else config.block_m
             assert rows % (16 * launch.warps) == 0
-            assert (config.block_m if name == "dkv" else config.block_n) % launch.columns == 0
+            columns = config.block_m if name == "dkv" else config.block_n
+            assert (launch.columns % columns if name == "scan" else columns % launch.columns) == 0
             assert dtype == FLOAT or launch.columns % 16 == 0
     # A newer device gets what the nearest older one has.
     assert configure(HALF, 64, (12, 1)) is configure(HALF, 64, (12, 1))
@@ -284,6 +285,17 @@ def test_alignment_decides_how_rows_are_read() -> None:
         assert backend._layout("q", tensor)["aligned_q"] == expected
 
 
+def test_instructions_of_hopper_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuPy's own option names an architecture without them; with it, the compiler must still take ours."""
+    compiler = pytest.importorskip("cupy").cuda.compiler
+    monkeypatch.setattr(compiler, "_get_arch_for_options_for_nvrtc", lambda arch: (f"-arch=sm_{arch}", "cubin"))
+    source = 'extern "C" __global__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }'
+    binary, _ = compiler.compile_using_nvrtc(source, launcher.options((9, 0)), "90")
+    assert binary
+    with pytest.raises(compiler.CompileException, match="wgmma"):
+        compiler.compile_using_nvrtc(source, launcher.options((8, 0)), "90")
+
+
 def test_a_new_length_batch_or_number_of_heads_compiles_nothing() -> None:
     found = []
     for shape in ((64, 64, {}), (101, 1003, {"batch": 3}), (17, 1, {"heads_kv": 2, "group": 3})):
@@ -308,18 +320,21 @@ class Report(NamedTuple):
 
 
 def compiled(source: str, kernels: Sequence[str], capability: str) -> dict[str, Report]:
-    """What the compiler says of these instantiations, with the options that CuPy adds; NVRTC alone, no driver."""
+    """What the compiler says of these instantiations; NVRTC alone, no driver. CuPy adds options of its own."""
     nvrtc = pytest.importorskip("cupy").cuda.nvrtc
     text = (launcher.KERNELS / source).read_text(encoding="utf-8")
     program = nvrtc.createProgram(text, source, [], [])
     for kernel in kernels:
         nvrtc.addNameExpression(program, kernel)
+    device = numbers(capability)
     try:
         nvrtc.compileProgram(
-            program, [f"-arch=sm_{capability}", *launcher.options(), "-ftz=true", "--ptxas-options=-v"]
+            program, ["-arch=sm_{}{}".format(*device), *launcher.options(device), "-ftz=true", "--ptxas-options=-v"]
         )
     except nvrtc.NVRTCError:
         pytest.fail(nvrtc.getProgramLog(program))
+    # What the compiler says where products by wgmma wait for each other: they must not.
+    assert "(C75" not in nvrtc.getProgramLog(program)
     names = {nvrtc.getLoweredName(program, kernel): kernel for kernel in kernels}
     pattern = (
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
@@ -384,6 +399,8 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
 
 
 EMULATED = [
+    ((8, 0), Case(70, 90, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
+    ((8, 0), Case(50, 200, head_dim=128, head_dim_v=96, dtype=HALF, kind="topics")),
     ((9, 0), Case(70, 90, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
     ((9, 0), Case(150, 300, batch=2, heads_kv=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True)),
     ((9, 0), Case(150, 201, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced")),
@@ -430,6 +447,31 @@ def test_histogram(emulator: EmulatedLauncher, kind: str) -> None:
     """It is a lower bound as the maxima are, so the results are as good."""
     request, dout = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF).build(CPU)
     assert_attention(CupyBackend("histogram", emulator, (9, 0)), request, dout)
+
+
+class OnlyScan:
+    """A launcher that leaves out what comes after the scan."""
+
+    def __init__(self, whole: EmulatedLauncher) -> None:
+        self._whole = whole
+
+    def launch(self, source: str, kernel: str, *rest: Any) -> None:
+        if source == "scan.cu":
+            self._whole.launch(source, kernel, *rest)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 100])
+@pytest.mark.parametrize("n_keys", [64, 500])
+def test_scans_agree(emulator: EmulatedLauncher, head_dim: int, n_keys: int) -> None:
+    """Whatever multiplies. The bound of a scan would hide a wrong score, since what follows mends it."""
+    request, _ = Case(150, n_keys, head_dim=head_dim, dtype=BF16, is_causal=True).build(CPU)
+    first, second = (
+        CupyBackend(launcher=OnlyScan(emulator), capability=capability).forward(request).tau
+        for capability in ((9, 0), (8, 0))
+    )
+    torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
 
 
 @emulated

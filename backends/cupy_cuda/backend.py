@@ -273,10 +273,10 @@ class CupyBackend:
         """One of the kernels that the configuration has a ``Launch`` for; ``values`` are its template's first."""
         config = call.config
         launch: Launch = getattr(config, stage)
-        columns = () if stage == "scan" else (launch.columns,)
-        sizes = (config.block_m, config.block_n, *columns, launch.warps, launch.stages, launch.programs)
+        sizes = (config.block_m, config.block_n, launch.columns, launch.warps, launch.stages, launch.programs)
+        units = (launch.wgmma,) if stage in ("scan", "output") else ()
         self._launch(
-            _of(name, call.dtype, config.head, *values, *sizes),
+            _of(name, call.dtype, config.head, *values, *sizes, *units),
             programs,
             launch.warps,
             shared_memory(config, stage, call.q.dtype),

@@ -1,6 +1,6 @@
 """Tile sizes, warps and pipeline stages of the kernels: a pure function of dtype, head sizes and compute capability.
 
-Chosen from what the compiler reports (no spills) and from what fits into shared memory; not measured yet. Nothing is
+Chosen from what the compiler reports (no spills) and from what fits into shared memory; not tuned yet. Nothing is
 tuned while a user waits.
 """
 
@@ -41,12 +41,14 @@ class Launch:
         columns: of scores that are in registers at once; keys, and queries in dkv.
         stages: of the pipeline, each with its own buffer.
         programs: that a multiprocessor holds at once, at least: it bounds the registers of a thread.
+        wgmma: whether warpgroups multiply, by the instructions that only capability 9.0 has.
     """
 
     warps: int
     columns: int
     stages: int
     programs: int
+    wgmma: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     tile, block = config.block_m * row, config.block_n * row
     staging = 0 if dtype.itemsize == 2 else launch.warps * 16 * (launch.columns + 4) * 4
     if kernel == "scan":
-        ring = launch.stages * block
+        ring = launch.stages * launch.columns * row
         return SCRATCH + (max(tile, ring) if dtype.itemsize == 2 and config.head <= 128 else tile + ring)
     if kernel == "output":
         return SCRATCH + tile + launch.stages * (block + config.block_n * row_v) + staging
@@ -129,11 +131,24 @@ _HALF = {
         Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
     ],
 }
-# Where the compiler for one architecture would spill registers otherwise.
+# Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
 _BLACKWELL_64 = Config(
     64, 64, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)
 )
 _HALF_OF_ONE = {
+    ((9, 0), 64): Config(
+        64, 64, 128, 64, Launch(8, 128, 3, 2, True), Launch(8, 64, 4, 1, True), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)
+    ),
+    ((9, 0), 128): Config(
+        128,
+        128,
+        128,
+        64,
+        Launch(8, 64, 4, 2, True),
+        Launch(8, 64, 4, 1, True),
+        Launch(8, 32, 2, 1),
+        Launch(4, 32, 2, 1),
+    ),
     ((8, 0), 256): Config(
         256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)
     ),

@@ -22,10 +22,15 @@ def _sources() -> dict[str, str]:
 
 
 @functools.cache
-def options() -> tuple[str, ...]:
-    """For NVRTC. CuPy's cache looks at the main file alone: the hash tells it about the files that this includes."""
+def options(capability: tuple[int, int]) -> tuple[str, ...]:
+    """For NVRTC, on a device of this compute capability.
+
+    CuPy's cache looks at the main file alone: the hash tells it about the files that this includes. CuPy asks for sm_90
+    where sm_90a is needed for wgmma; NVRTC takes the one with more instructions.
+    """
     digest = hashlib.sha256("".join(_sources().values()).encode()).hexdigest()[:16]
-    return "--std=c++17", f"-I{KERNELS}", f"-DADASPLASH2_SOURCES=0x{digest}"
+    architecture = ("-arch=sm_90a",) if capability == (9, 0) else ()
+    return "--std=c++17", f"-I{KERNELS}", f"-DADASPLASH2_SOURCES=0x{digest}", *architecture
 
 
 class CupyLauncher:
@@ -43,7 +48,11 @@ class CupyLauncher:
         with cupy.cuda.Device(index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream, index):
             function = self._functions.get((index, kernel))
             if function is None:
-                module = cupy.RawModule(code=_sources()[source], options=options(), name_expressions=(kernel,))
+                module = cupy.RawModule(
+                    code=_sources()[source],
+                    options=options(torch.cuda.get_device_capability(index)),
+                    name_expressions=(kernel,),
+                )
                 function = self._functions[index, kernel] = module.get_function(kernel)
                 function.max_dynamic_shared_size_bytes = shared_bytes
             # CuPy passes an array of NumPy's by value.

@@ -10,14 +10,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const
   constexpr int N = KEYS / 8;
   constexpr int ND = D / 8;
   constexpr int R = 2 * M;
-  extern __shared__ __align__(128) unsigned char smem[];
-  int* scratch = reinterpret_cast<int*>(smem);
-  int* list = scratch + 32;
-  T* q_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* q_tile = reinterpret_cast<T*>(smem);
   T* dout_tile = q_tile + BLOCK_M * D;
   T* k_tiles = dout_tile + BLOCK_M * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
-  float* staging = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * D) + warp_of() * STAGING<M, N>;
+  int* scratch = reinterpret_cast<int*>(v_tiles + STAGES * BLOCK_N * D);
+  int* list = scratch + 32;
+  float* staging = reinterpret_cast<float*>(list + LIST_ENTRIES) + warp_of() * STAGING<M, N>;
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
@@ -171,13 +171,13 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   constexpr int ND = D / 8;
   constexpr int PARTS = BLOCK_M / COLUMNS;
   constexpr int PART = COLUMNS * D;
-  int* scratch = reinterpret_cast<int*>(smem);
-  int* list = scratch + 32;
-  T* k_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  T* k_tile = reinterpret_cast<T*>(smem);
   T* v_tile = k_tile + BLOCK_N * D;
   T* q_parts = v_tile + BLOCK_N * D;
   T* dout_parts = q_parts + STAGES * PART;
-  float* taus = reinterpret_cast<float*>(dout_parts + STAGES * PART);
+  int* scratch = reinterpret_cast<int*>(dout_parts + STAGES * PART);
+  int* list = scratch + 32;
+  float* taus = reinterpret_cast<float*>(list + LIST_ENTRIES);
   float* deltas = taus + STAGES * COLUMNS;
   float* staging = deltas + STAGES * COLUMNS + warp_of() * STAGING<M, N>;
 
@@ -261,8 +261,8 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
 template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES, int PROGRAMS>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  extern __shared__ __align__(128) unsigned char smem[];
-  T* k_tile = reinterpret_cast<T*>(smem + 128 + LIST_ENTRIES * 4);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* k_tile = reinterpret_cast<T*>(smem);
   T* v_tile = k_tile + BLOCK_N * D;
 
   KeyBlock block;
@@ -300,11 +300,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
   constexpr int M = BLOCK_M / (16 * WARPS);
   constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
-  extern __shared__ __align__(128) unsigned char smem[];
-  int* scratch = reinterpret_cast<int*>(smem);
-  int* list = scratch + 32;
-  T* q_tile = reinterpret_cast<T*>(list + LIST_ENTRIES);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + BLOCK_M * D;
+  int* scratch = reinterpret_cast<int*>(k_tiles + STAGES * BLOCK_N * D);
+  int* list = scratch + 32;
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
   const float c = tile.exponent * params.scale;

@@ -172,7 +172,8 @@ __device__ __forceinline__ const T* head_of(const void* base, long long i_b, lon
 }
 
 // ---- tiles in shared memory: rows of D numbers in chunks of 16 bytes, each eight chunks permuted by the row, so that
-// the same chunk of eight rows lies in different banks
+// the same chunk of eight rows lies in different banks. Of rows of 256 bytes the two halves of eight rows lie apart, as
+// wgmma reads them; tiles start at multiples of 1024 bytes for it.
 
 template <class T>
 constexpr int PER_CHUNK = 16 / static_cast<int>(sizeof(T));
@@ -185,7 +186,10 @@ constexpr int TILE_BYTES = D * ROWS * static_cast<int>(sizeof(T));
 
 template <class T, int D>
 __device__ __forceinline__ int place_of(int row, int chunk) {
-  return (row * CHUNKS<T, D> + (chunk & ~7) + ((chunk ^ row) & 7)) * PER_CHUNK<T>;
+  const int permuted = (chunk ^ row) & 7;
+  if constexpr (CHUNKS<T, D> <= 16)
+    return ((row & ~7) * CHUNKS<T, D> + (chunk & ~7) * 8 + (row & 7) * 8 + permuted) * PER_CHUNK<T>;
+  return (row * CHUNKS<T, D> + (chunk & ~7) + permuted) * PER_CHUNK<T>;
 }
 
 template <class T, int D>
@@ -207,6 +211,9 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
   static_assert(THREADS % CHUNKS<T, D> == 0 || CHUNKS<T, D> % THREADS == 0);
   constexpr int STEP = THREADS > CHUNKS<T, D> ? THREADS / CHUNKS<T, D> : 1;
   // One address a thread; what is added to it is the same for all threads.
+  auto place = [](int row, int i, int chunk) {
+    return STEP % 8 == 0 ? place_of<T, D>(row, chunk) + i * D : place_of<T, D>(row + i, chunk);
+  };
   const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
 #pragma unroll 1
   for (int chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>; chunk < CHUNKS<T, D>; chunk += THREADS) {
@@ -217,14 +224,14 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
 #pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
-        cp_async_16(tile + place_of<T, D>(row + i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
+        cp_async_16(tile + place(row, i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
       }
     } else {
       // Rolled, because many loads under way would need as many registers.
 #pragma unroll 1
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
-        T* to = tile + place_of<T, D>(row + i, chunk);
+        T* to = tile + place(row, i, chunk);
 #pragma unroll
         for (int e = 0; e < PER_CHUNK<T>; e++)
           to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
@@ -380,33 +387,33 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 
 // ---- the loop over blocks
 
-// load(i, stage) asks for what compute(i, stage) needs; STAGES - 1 loads are under way ahead of each compute. On return
-// no load is under way and all threads have left the buffers.
-template <int STAGES, class Load, class Compute>
+// load(i, stage) asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are
+// other stages, but for LAG: so many computes later a stage may still be read. On return no load is under way and all
+// threads have left the buffers. With WGMMA, products by wgmma see what was loaded; a compute finishes its own.
+template <int STAGES, bool WGMMA = false, int LAG = 0, class Load, class Compute>
 __device__ __forceinline__ void pipeline(int n, Load&& load, Compute&& compute) {
-  if constexpr (STAGES > 1) {
+  constexpr int AHEAD = STAGES - 1 - LAG;
+  static_assert(AHEAD > 0 || STAGES == 1);
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
-      if (i < n) load(i, i);
-      cp_async_commit();
-    }
+  for (int i = 0; i < AHEAD; i++) {
+    if (i < n) load(i, i);
+    cp_async_commit();
   }
   int next = 0;
 #pragma unroll 1
   for (int i = 0; i < n; i++) {
     const int stage = STAGES == 2 ? i % 2 : next;
-    if constexpr (STAGES > 1) {
-      cp_async_wait<STAGES - 2>();
-      __syncthreads();
-      const int ahead = i + STAGES - 1;
-      if (ahead < n) load(ahead, stage == 0 ? STAGES - 1 : stage - 1);
-      cp_async_commit();
-    } else {
+    if constexpr (STAGES == 1) {
       __syncthreads();
       load(i, 0);
       cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();
+    }
+    cp_async_wait<STAGES == 1 ? 0 : AHEAD - 1>();
+    if constexpr (WGMMA) wgmma_proxy_fence();
+    __syncthreads();
+    if constexpr (STAGES > 1) {
+      if (i + AHEAD < n) load(i + AHEAD, stage <= LAG ? stage + AHEAD : stage - LAG - 1);
+      cp_async_commit();
     }
     compute(i, stage);
     next = stage == STAGES - 1 ? 0 : stage + 1;

@@ -4,7 +4,8 @@
 // Newton steps are taken until the next one is expected to be below `target`. That one is applied to the output itself:
 // out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are multiplied at once; values wider
 // than DV are taken in parts.
-template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS>
+template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
+          bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
@@ -12,12 +13,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
   constexpr int MAX_STEPS = 16;
-  extern __shared__ __align__(128) unsigned char smem[];
-  float* scratch = reinterpret_cast<float*>(smem);
-  T* q_tile = reinterpret_cast<T*>(smem + 128);
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + BLOCK_M * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
-  float* staging = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV) + warp_of() * STAGING<M, N>;
+  float* scratch = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV);
+  float* staging = scratch + 32 + warp_of() * STAGING<M, N>;
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
@@ -48,15 +49,16 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   }
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
-  auto load_keys = [&](int i, int stage) {
-    load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
+  auto load_keys = [&](int i, int place) {
+    load_tile<T, D, BLOCK_N, THREADS>(k_tiles + place * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
                                       params.stride_kn, params.head_dim, params.aligned_k);
   };
-  // p and w of KEYS keys of block j, from key `first` of the block on.
-  auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
-    const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
-    clear(p);
-    scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, keys);
+  auto load_values = [&](int i, int stage, int from) {
+    load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + from, list[i] * BLOCK_N, 0, tile.lengths.k,
+                                       params.stride_vn, params.head_dim_v - from, params.aligned_v);
+  };
+  // p and w from the scores p of KEYS keys of block j, from key `first` of the block on.
+  auto weigh = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(p, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
 #pragma unroll
     for (int row = 0; row < R; row++)
@@ -84,6 +86,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     }
     return has_support;
   };
+  // The scores of a part of a stage, as p, and w.
+  auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
+    clear(p);
+    scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
+    weigh(p, w, j, first);
+  };
   auto begin_pass = [&]() {
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
@@ -104,17 +112,41 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   float largest = 2 * tolerance;
   for (int step = 0; step < MAX_STEPS && largest > tolerance; step++) {
     begin_pass();
-    pipeline<STAGES>(count, load_keys, [&](int i, int stage) {
-      const int j = list[i];
-      bool has_support = false;
+    if constexpr (WGMMA) {
+      // Two blocks at once, one in the place of values: the second is multiplied while the first is summed up.
+      pipeline<STAGES, true>(
+          (count + 1) / 2,
+          [&](int i, int stage) {
+            load_keys(2 * i, 2 * stage);
+            load_keys(min(2 * i + 1, count - 1), 2 * stage + 1);
+          },
+          [&](int i, int stage) {
+            const T* keys = k_tiles + 2 * stage * BLOCK_N * D;
+            float first[M][N][4], second[M][N][4], w[M][N][4];
+            begin_scores<T, D, N>(first, q_tile, warpgroup_row(), keys);
+            begin_scores<T, D, N>(second, q_tile, warpgroup_row(), keys + BLOCK_N * D);
+            finish<1>(first);
+            weigh(first, w, list[2 * i], 0);
+            mark(words, 2 * i, add(first, w));
+            finish<0>(second);
+            if (2 * i + 1 < count) {
+              weigh(second, w, list[2 * i + 1], 0);
+              mark(words, 2 * i + 1, add(second, w));
+            }
+          });
+    } else {
+      pipeline<STAGES>(count, load_keys, [&](int i, int stage) {
+        const int j = list[i];
+        bool has_support = false;
 #pragma unroll 1
-      for (int first = 0; first < BLOCK_N; first += KEYS) {
-        float p[M][N][4], w[M][N][4];
-        weights(p, w, j, first, stage);
-        has_support |= add(p, w);
-      }
-      mark(words, i, has_support);
-    });
+        for (int first = 0; first < BLOCK_N; first += KEYS) {
+          float p[M][N][4], w[M][N][4];
+          weights(p, w, j, first, stage);
+          has_support |= add(p, w);
+        }
+        mark(words, i, has_support);
+      });
+    }
     end_pass();
     if (step == 0 && !has_bad) {
       int n_kept = 0;
@@ -144,25 +176,49 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     clear(out);
     clear(out1);
     begin_pass();
-    pipeline<STAGES>(
-        count,
-        [&](int i, int stage) {
-          load_keys(i, stage);
-          load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + from, list[i] * BLOCK_N, 0,
-                                             tile.lengths.k, params.stride_vn, width, params.aligned_v);
-        },
-        [&](int i, int stage) {
-          const int j = list[i];
-          bool has_support = false;
+    auto load = [&](int i, int stage) {
+      load_keys(i, stage);
+      load_values(i, stage, from);
+    };
+    if constexpr (WGMMA) {
+      // A block's values are multiplied while the next block is weighed, if the registers have room for both.
+      Weights<T, N> last;
+      int before = 0;
+      pipeline<STAGES, true, 1>(count, load, [&](int i, int stage) {
+        float p[M][N][4], w[M][N][4];
+        begin_scores<T, D, N>(p, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
+        if (i > 0) {
+          begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);
+          finish<(DV > 64 ? 0 : 1)>(p);
+        } else {
+          finish<0>(p);
+        }
+        before = stage;
+        weigh(p, w, list[i], 0);
+        mark(words, i, add(p, w));
+        finish<0>(out);
+        finish<0>(out1);
+        pack_weights<T>(last, p, w);
+      });
+      if (count > 0) {
+        begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);
+        finish<0>(out);
+        finish<0>(out1);
+      }
+    } else {
+      pipeline<STAGES>(count, load, [&](int i, int stage) {
+        const int j = list[i];
+        bool has_support = false;
 #pragma unroll 1
-          for (int first = 0; first < BLOCK_N; first += KEYS) {
-            float p[M][N][4], w[M][N][4];
-            weights(p, w, j, first, stage);
-            has_support |= add(p, w);
-            accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
-          }
-          mark(words, i, has_support);
-        });
+        for (int first = 0; first < BLOCK_N; first += KEYS) {
+          float p[M][N][4], w[M][N][4];
+          weights(p, w, j, first, stage);
+          has_support |= add(p, w);
+          accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
+        }
+        mark(words, i, has_support);
+      });
+    }
     end_pass();
 #pragma unroll
     for (int row = 0; row < R; row++) {

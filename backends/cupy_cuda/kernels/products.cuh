@@ -109,6 +109,56 @@ __device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int fi
   }
 }
 
+// ---- by wgmma: a warpgroup's 64 rows, 16 of each warp; under way on return
+
+template <int N>
+__device__ __forceinline__ float (&eight_tiles(float (&acc)[1][N][4], int n))[8][4] {
+  static_assert(N % 8 == 0);
+  return reinterpret_cast<float(&)[8][4]>(acc[0][n]);
+}
+
+// Chunks `chunk` and chunk + 1 of rows from `first` on, eight by eight.
+template <class T, int D>
+__device__ __forceinline__ unsigned long long rows_operand(const T* tile, int first, int chunk) {
+  return wgmma_operand(tile + place_of<T, D>(first, chunk), TILE_BYTES<T, D, 8>);
+}
+
+// acc = a b^T, a in registers.
+template <class T, int D, int N>
+__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Fragments<T, D, 1>& a, const T* b) {
+  wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < N; n += 8)
+#pragma unroll
+    for (int step = 0; step < D / 16; step++)
+      wgmma_rows<T>(eight_tiles(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+  wgmma_commit();
+}
+
+// The same with rows from first_row on of a tile in shared memory.
+template <class T, int D, int N>
+__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const T* a, int first_row, const T* b) {
+  wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < N; n += 8)
+#pragma unroll
+    for (int step = 0; step < D / 16; step++)
+      wgmma_rows<T>(eight_tiles(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
+                    rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+  wgmma_commit();
+}
+
+// First of the rows that the warpgroup multiplies.
+__device__ __forceinline__ int warpgroup_row() { return warp_of() / 4 * 64; }
+
+// acc is finished, and so is all but the LEFT youngest of what has begun.
+template <int LEFT, int N>
+__device__ __forceinline__ void finish(float (&acc)[1][N][4]) {
+  wgmma_wait<LEFT>();
+#pragma unroll
+  for (int n = 0; n < N; n += 8) wgmma_pin(eight_tiles(acc, n));
+}
+
 // Left operand from results: columns 16 step to 16 step + 15.
 template <class T, int M, int N>
 __device__ __forceinline__ void pack_fragments(unsigned (&a)[M][4], const float (&p)[M][N][4], int step) {
@@ -232,4 +282,39 @@ __device__ __forceinline__ void accumulate_both(float (&out)[M][NV][4], float (&
     stage(staging, w);
     multiply_staged<M, N, NV>(out1, staging, v);
   }
+}
+
+// p and w as left operands, w in two halves.
+template <class T, int N>
+struct Weights {
+  unsigned p[N / 2][1][4], high[N / 2][1][4], low[N / 2][1][4];
+};
+
+template <class T, int N>
+__device__ __forceinline__ void pack_weights(Weights<T, N>& weights, const float (&p)[1][N][4],
+                                             const float (&w)[1][N][4]) {
+#pragma unroll
+  for (int step = 0; step < N / 2; step++) {
+    pack_fragments<T>(weights.p[step], p, step);
+    pack_fragments<T>(weights.high[step], w, step);
+    pack_rest<T>(weights.low[step], weights.high[step], w, step);
+  }
+}
+
+// The same by wgmma, under way on return.
+template <class T, int N, int NV>
+__device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], float (&out1)[1][NV][4],
+                                                      const Weights<T, N>& weights, const T* v) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < N / 2; step++)
+#pragma unroll
+    for (int n = 0; n < NV; n += 8) {
+      const T* columns = v + place_of<T, 8 * NV>(16 * step, n);
+      const unsigned long long operand = wgmma_operand(columns, TILE_BYTES<T, 8 * NV, 8>);
+      wgmma_columns<T>(eight_tiles(out, n), weights.p[step][0], operand, true);
+      wgmma_columns<T>(eight_tiles(out1, n), weights.high[step][0], operand, true);
+      wgmma_columns<T>(eight_tiles(out1, n), weights.low[step][0], operand, true);
+    }
+  wgmma_commit();
 }

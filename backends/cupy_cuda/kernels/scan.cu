@@ -1,31 +1,62 @@
 // Scan and init: all scores once, a lower bound of tau for each row, and the list of blocks above it.
 #include "products.cuh"
 
-// The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. One program of four warps each.
+// 0 if the numbers of a chunk are finite, else NaN.
 template <class T>
-__global__ void __launch_bounds__(128) entmax_attn_check_keys(const Params params) {
+__device__ __forceinline__ float rest_of(uint4 chunk) {
+  const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  float rest = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (IS_HALF<T>) {
+      const float2 pair = unpack2<T>(words[i]);
+      rest += (pair.x - pair.x) + (pair.y - pair.y);
+    } else {
+      rest += __uint_as_float(words[i]) - __uint_as_float(words[i]);
+    }
+  }
+  return rest;
+}
+
+constexpr int CHECK_THREADS = 128;
+
+// The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. Eight threads take a row.
+template <class T>
+__global__ void __launch_bounds__(CHECK_THREADS) entmax_attn_check_keys(const Params params) {
+  constexpr int STEP = CHECK_THREADS / 8, ROWS = KEYS_PER_CHECK / STEP;
   extern __shared__ __align__(128) unsigned char smem[];
-  float* scratch = reinterpret_cast<float*>(smem);
   const int i_chunk = blockIdx.x % params.n_chunks, i_bh = blockIdx.x / params.n_chunks;
   const int i_b = i_bh / params.heads_kv;
   const int len_k = lengths_of(params, i_b).k;
+  const int first_row = i_chunk * KEYS_PER_CHECK + static_cast<int>(threadIdx.x) / 8;
   const T* base = head_of<T>(params.k, i_b, params.stride_kb, i_bh % params.heads_kv, params.stride_kh);
+  unsigned bad = 0;  // a bit for each of this thread's rows
+  for (int column = threadIdx.x % 8 * PER_CHUNK<T>; column < params.head_dim; column += 8 * PER_CHUNK<T>) {
+    const T* from = base + first_row * params.stride_kn + column;
+    if (params.aligned_k) {
+      uint4 chunks[ROWS];
+#pragma unroll
+      for (int i = 0; i < ROWS; i++)
+        chunks[i] = first_row + i * STEP < len_k ? *reinterpret_cast<const uint4*>(from + i * STEP * params.stride_kn)
+                                                 : uint4{0, 0, 0, 0};
+#pragma unroll
+      for (int i = 0; i < ROWS; i++)
+        if (rest_of<T>(chunks[i]) != 0) bad |= 1u << i;
+    } else {
+#pragma unroll 1
+      for (int i = 0; first_row + i * STEP < len_k && i < ROWS; i++)
+#pragma unroll 1
+        for (int e = 0; e < PER_CHUNK<T> && column + e < params.head_dim; e++) {
+          const float x = to_float<T>(from[i * STEP * params.stride_kn + e]);
+          if (x - x != 0) bad |= 1u << i;
+        }
+    }
+  }
   // Rows are few enough for a float to count them from the chunk's start.
   float first = KEYS_PER_CHECK;
-  for (int i = warp_of(); i < KEYS_PER_CHECK; i += 4) {
-    const int row = i_chunk * KEYS_PER_CHECK + i;
-    bool is_bad = false;
-    if (row < len_k) {
-      const T* key = base + row * params.stride_kn;
-      for (int column = lane_of(); column < params.head_dim; column += 32) {
-        const float x = to_float<T>(key[column]);
-        // 0 for a finite x, NaN for all others.
-        is_bad |= x - x != 0;
-      }
-    }
-    if (is_bad) first = fminf(first, static_cast<float>(i));
-  }
-  first = -block_max<4>(-first, scratch);
+  for (int i = ROWS - 1; i >= 0; i--)
+    if (bad >> i & 1) first = static_cast<float>(threadIdx.x / 8 + i * STEP);
+  first = -block_max<CHECK_THREADS / 32>(-first, reinterpret_cast<float*>(smem));
   if (threadIdx.x == 0) {
     params.first_bad[blockIdx.x] =
         first < KEYS_PER_CHECK ? i_chunk * KEYS_PER_CHECK + static_cast<int>(first) : params.seqlen_k;
@@ -82,18 +113,22 @@ __device__ __forceinline__ float bound_by_histogram(int* bins, const float (&kep
 
 // Of each row the KEPT largest maxima of each of four interleaved sets of keys stay in registers. tau of that subset of
 // the scores, raised on the way, is the bound that later blocks must pass.
-template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, int WARPS, int STAGES, int PROGRAMS>
+template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
+          int PROGRAMS, bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
   constexpr int N = BLOCK_N / 8;
   constexpr int R = 2 * M;
   constexpr bool IN_REGISTERS = IS_HALF<T> && D <= 128;
-  extern __shared__ __align__(128) unsigned char smem[];
-  float* scratch = reinterpret_cast<float*>(smem);
-  T* q_tile = reinterpret_cast<T*>(smem + 128);
+  constexpr int BLOCKS = KEYS / BLOCK_N;
+  static_assert(WGMMA ? BLOCKS <= 2 : BLOCKS == 1);
+  constexpr int RING = STAGES * KEYS * D;
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* q_tile = reinterpret_cast<T*>(smem);
   // Queries that went to registers leave their place to the keys.
   T* k_tiles = IN_REGISTERS ? q_tile : q_tile + BLOCK_M * D;
+  float* scratch = reinterpret_cast<float*>(k_tiles + (IN_REGISTERS && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
@@ -154,54 +189,103 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     const int j = nearest - (i - n_masked);
     return j < 0 ? j + n_whole : j;
   };
-  pipeline<STAGES>(
-      n_seen,
-      [&](int i, int stage) {
-        load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, block_of(i) * BLOCK_N, 0, tile.lengths.k,
-                                          params.stride_kn, params.head_dim, params.aligned_k);
-      },
-      [&](int i, int stage) {
-        const int j = block_of(i);
-        float s[M][N][4];
-        clear(s);
-        if constexpr (IN_REGISTERS) {
-          scores<T, D, M, N>(s, fragments, k_tiles + stage * BLOCK_N * D);
-        } else {
-          scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + stage * BLOCK_N * D);
-        }
-        if (i < n_masked) mask_scores<M, N>(s, tile.first, j * BLOCK_N, tile.lengths, params.is_causal);
-        bool is_above = false;
+  float largest[BLOCKS][R];
 #pragma unroll
-        for (int row = 0; row < R; row++) {
-          float largest = -infinity();
+  for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
-          for (int n = 0; n < N; n++)
-            largest = fmaxf(largest, fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
-          is_above |= largest * c > tau[row];
+    for (int row = 0; row < R; row++) largest[block][row] = -infinity();
+  auto take_maxima = [&](float(&largest)[R], float(&s)[M][N][4], int i) {
+    if (i < n_masked) mask_scores<M, N>(s, tile.first, block_of(i) * BLOCK_N, tile.lengths, params.is_causal);
+#pragma unroll
+    for (int row = 0; row < R; row++) {
+      largest[row] = -infinity();
+#pragma unroll
+      for (int n = 0; n < N; n++)
+        largest[row] = fmaxf(largest[row], fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
+    }
+  };
+  bool has_news = false;  // for the bound
+  auto use_maxima = [&](int i) {
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) {
+      bool is_above = false;
+#pragma unroll
+      for (int row = 0; row < R; row++) is_above |= largest[block][row] * c > tau[row];
+      // What lies below the bound has no part in it.
+      if (any_sync(is_above)) {
+        const int j = block_of(i + block);
+        if (lane_of() == 0) atomic_or(words + j / WORD, 1u << (j % WORD));
+        has_news = true;
+#pragma unroll
+        for (int row = 0; row < R; row++)
 #pragma unroll
           for (int place = 0; place < KEPT; place++) {
-            const float smaller = fminf(kept[row][place], largest);
-            kept[row][place] = fmaxf(kept[row][place], largest);
-            largest = smaller;
+            const float smaller = fminf(kept[row][place], largest[block][row]);
+            kept[row][place] = fmaxf(kept[row][place], largest[block][row]);
+            largest[block][row] = smaller;
           }
-        }
-        mark(words, j, is_above);
-        if (i % BOUND_EVERY == 0 || i < n_masked || i == n_seen - 1) {
+      }
+    }
+    if (has_news && (i % BOUND_EVERY == 0 || i < n_masked)) {
+      has_news = false;
 #pragma unroll
-          for (int row = 0; row < R; row++) {
-            tau[row] = fmaxf(tau[row], quad_max(kept[row][0]) * c - 1);
-            tau[row] = raise_by_maxima<ALPHA>(tau[row], kept[row], c, r);
+      for (int row = 0; row < R; row++) {
+        tau[row] = fmaxf(tau[row], quad_max(kept[row][0]) * c - 1);
+        tau[row] = raise_by_maxima<ALPHA>(tau[row], kept[row], c, r);
+      }
+    }
+  };
+  pipeline<STAGES, WGMMA>(
+      (n_seen + BLOCKS - 1) / BLOCKS,
+      [&](int i, int stage) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++) {
+          // No key is behind the last block: zeros.
+          const int j = i * BLOCKS + block < n_seen ? block_of(i * BLOCKS + block) : params.n_blocks;
+          load_tile<T, D, BLOCK_N, THREADS>(k_tiles + (stage * BLOCKS + block) * BLOCK_N * D, k, j * BLOCK_N, 0,
+                                            tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
+        }
+      },
+      [&](int i, int stage) {
+        const T* keys = k_tiles + stage * KEYS * D;
+        float s[BLOCKS][M][N][4];
+        if constexpr (WGMMA) {
+#pragma unroll
+          for (int block = 0; block < BLOCKS; block++)
+            begin_scores<T, D, N>(s[block], fragments, keys + block * BLOCK_N * D);
+          // The products go on meanwhile.
+          use_maxima((i - 1) * BLOCKS);
+          finish<BLOCKS - 1>(s[0]);
+          take_maxima(largest[0], s[0], i * BLOCKS);
+          if constexpr (BLOCKS == 2) {
+            finish<0>(s[1]);
+            take_maxima(largest[1], s[1], i * BLOCKS + 1);
+            if (i * BLOCKS + 1 == n_seen) {
+#pragma unroll
+              for (int row = 0; row < R; row++) largest[1][row] = -infinity();
+            }
           }
+        } else {
+          clear(s[0]);
+          if constexpr (IN_REGISTERS) {
+            scores<T, D, M, N>(s[0], fragments, keys);
+          } else {
+            scores<T, D, M, N>(s[0], q_tile, warp_of() * 16 * M, keys);
+          }
+          take_maxima(largest[0], s[0], i);
+          use_maxima(i);
         }
       });
+  if constexpr (WGMMA) use_maxima((n_seen - 1) / BLOCKS * BLOCKS);
 
-  int* bins = reinterpret_cast<int*>(smem + 128);
+  int* bins = reinterpret_cast<int*>(smem);
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = row_of<M>(i);
     if constexpr (HISTOGRAM) {
       tau[i] = bound_by_histogram<ALPHA>(bins + row * BINS, kept[i], c, r);
     } else {
+      tau[i] = fmaxf(tau[i], quad_max(kept[i][0]) * c - 1);
       for (int step = 0; step < INIT_STEPS; step++) tau[i] = raise_by_maxima<ALPHA>(tau[i], kept[i], c, r);
     }
     if (keys_seen(tile.first + row, tile.lengths, params.is_causal) == 0) tau[i] = infinity();
