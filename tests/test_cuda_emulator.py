@@ -183,7 +183,7 @@ def test_products_of_warpgroups_go_wrong(launchers: Launchers) -> None:
     launch = launchers().launch
     with pytest.raises(KernelError, match="wgmma of different operands in a warpgroup"):
         launch(SOURCE, "products_of_warpgroups_differ", 1, 128, 8224, [d])
-    with pytest.raises(KernelError, match="wgmma out of bounds: byte 8032 of shared memory, which has 8000"):
+    with pytest.raises(KernelError, match="wgmma out of bounds: byte 8000 of shared memory, which has 8000"):
         launch(SOURCE, "products_of_warpgroups_differ", 1, 128, 8000, [d])
     with pytest.raises(KernelError, match="wgmma in a block without whole warpgroups"):
         launch(SOURCE, "products_of_warpgroups_differ", 1, 64, 8224, [d])
