@@ -30,8 +30,9 @@ __all__ = ["main"]
 
 # Kernel: the compile-time arguments that config.py may choose, besides the launch.
 KERNELS: dict[str, dict[str, tuple[int, ...]]] = {
-    "entmax_attn_fwd_scan": {"BLOCKS": (1, 2), "BOUND_EVERY": (1, 4)},
-    "entmax_attn_fwd_output": {},
+    "entmax_attn_fwd_scan": {"BLOCKS": (2,), "BOUND_EVERY": (4, 8, 16)},
+    "entmax_attn_fwd_refine": {},
+    "entmax_attn_fwd_output": {"TILE_PROGRAMS": (1, 2)},
     "entmax_attn_bwd_dq": {},
     "entmax_attn_bwd_dkv": {"PARTS": (1, 2, 4)},
 }
@@ -86,6 +87,7 @@ def compile_one(job: tuple[Candidate, dict[str, Any]]) -> str:
 def time_one(candidate: Candidate, programs: int, arguments: dict[str, Any], rounds: int) -> float:
     """Median milliseconds of a kernel alone."""
     name, launch, options = candidate
+    programs = programs // arguments.get("TILE_PROGRAMS", 1) * options.get("TILE_PROGRAMS", 1)
     arguments = arguments | options
     copies = arguments.pop("copies")
     kernel = getattr(kernels, name)
@@ -112,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=0.25, help="of make_inputs('topics')")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--blocks", nargs="+", default=["128x64"], help="block_m x block_n")
+    parser.add_argument("--kernel", nargs="+", default=list(KERNELS), choices=list(KERNELS))
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--best", type=int, default=4, help="candidates printed for each kernel")
     parser.add_argument("--json", type=Path)
@@ -124,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for blocks in args.blocks:
         block_m, block_n = map(int, blocks.split("x"))
-        recorded = record(request, dout, dataclasses.replace(plain, block_m=block_m, block_n=block_n))
+        recorded = record(request, dout, dataclasses.replace(plain, block_m=block_m, block_n=block_n, output_programs=2))
         jobs = []
-        for name in KERNELS:
+        for name in args.kernel:
             _, arguments = recorded[name]
             plain_arguments = {
                 key: value.dtype if isinstance(value, torch.Tensor) else value
@@ -146,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 except Exception as error:  # out of shared memory or registers
                     fault = str(error).splitlines()[0][:100]
             rows.append(row | ({"fault": fault} if fault else {}))
-        for name in KERNELS:
+        for name in args.kernel:
             timed = sorted(
                 (row for row in rows if row["kernel"] == name and row["blocks"] == blocks and "ms" in row),
                 key=lambda row: row["ms"],

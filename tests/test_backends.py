@@ -65,6 +65,39 @@ def test_many_keys(target, kind, seqlen_k):
     assert_attention(target.serving(request), request, dout)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 2500, head_dim=64, head_dim_v=64, group=4, heads_kv=2, dtype=torch.bfloat16),
+        Case(1, 2500, head_dim=64, head_dim_v=40, group=4, kind="topics", dtype=torch.float16, is_causal=True),
+        Case(5, 2100, head_dim=24, group=8, alpha=2.0, is_causal=True),
+        Case(16, 4200, head_dim=128, head_dim_v=128, group=2, alpha=1.2, dtype=torch.bfloat16, is_causal=True),
+        Case(3, 2300, group=2, batch=3, alpha=(1.5, 1.2), is_causal=True, seqlens_q=(3, 0, 2), seqlens_k=(2300, 9, 0)),
+        # More keys above every bound than a short list of them holds.
+        Case(1, 3000, group=3, kind="narrow", dtype=torch.float16),
+        Case(2, 3000, head_dim=64, kind="equal", alpha=1.3),
+    ],
+    ids=lambda case: f"{case.dtype}-{case.kind}-{case.seqlen_q}x{case.group}-{case.seqlen_k}",
+)
+def test_few_queries_over_many_keys(target, case):
+    """As in decoding: forward alone."""
+    request, _ = case.build(target.device)
+    assert_attention(target.serving(request), request)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_few_queries_and_a_bad_number(target, name, value):
+    """It reaches the row that has it, or the rows that see it, in v those in which it has weight."""
+    request, _ = Case(1, 2100, heads_kv=2, group=2, kind="equal").build(target.device)
+    getattr(request, name)[0, 1, 0, 5] = value
+    out = target.serving(request).forward(request).out
+    expected = torch.zeros(1, 4, 1, dtype=torch.bool, device=target.device)
+    expected[:, 1 if name == "q" else slice(2, 4)] = True
+    seen = out[..., 5].isfinite() if name == "v" else out.isfinite().all(-1)
+    assert torch.equal(~seen, expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("names", list(itertools.combinations(registry.names(), 2)), ids="-".join)
 def test_backends_agree(names, dtype):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MODES", "Call", "Forward", "Mode", "Spread", "interleaved", "make_call", "ratio", "spread", "time_once"]
+__all__ = ["MODES", "Call", "Forward", "Mode", "Spread", "interleaved", "make_call", "ratio", "spread"]
 
 Call = Callable[[], object]
 Forward = Callable[..., Tensor]
@@ -57,20 +57,29 @@ def make_call(forward: Forward, arguments: tuple[Tensor, ...], dout: Tensor, mod
     return lambda: torch.autograd.grad(forward(*leaves), leaves, dout)
 
 
-def time_once(call: Call, device: torch.device) -> float:
-    """Milliseconds of one call: wall clock on a CPU, events around the call on a GPU, there with a cold L2 cache."""
+def _begin(call: Call, device: torch.device) -> Callable[[], float]:
+    """Make the call, on a GPU with a cold L2 cache; the function that comes back waits for its milliseconds.
+
+    Wall clock on a CPU, events around the call on a GPU. There the host does not wait between the calls, as it does not
+    in training: what it does meanwhile counts only where it is slower than the device.
+    """
     if device.type == "cpu":
         start = time.perf_counter()
         call()
-        return 1e3 * (time.perf_counter() - start)
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        return lambda: milliseconds
     torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device).zero_()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
     end.record()
-    end.synchronize()
-    milliseconds: float = begin.elapsed_time(end)
-    return milliseconds
+
+    def elapsed() -> float:
+        end.synchronize()
+        between: float = begin.elapsed_time(end)
+        return between
+
+    return elapsed
 
 
 def interleaved(
@@ -88,14 +97,24 @@ def interleaved(
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
     deadline = time.perf_counter() + seconds
+    begun: list[dict[Key, Callable[[], float]]] = []
     rounds = 0
     with _no_garbage_collection():
         while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
-            for key in order:
-                times[key].append(time_once(calls[key], device))
+            begun.append({key: _begin(calls[key], device) for key in order})
             order.reverse()
             rounds += 1
+            # While the device works on this round, the one before is read: the next one finds it busy.
+            if len(begun) > 1:
+                _read(begun.pop(0), times)
+        for rest in begun:
+            _read(rest, times)
     return times
+
+
+def _read(begun: Mapping[Key, Callable[[], float]], times: Mapping[Key, list[float]]) -> None:
+    for key, elapsed in begun.items():
+        times[key].append(elapsed())
 
 
 @contextlib.contextmanager

@@ -15,13 +15,18 @@ from torch import Tensor
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
 from .._math import in_dtype_of, support_stats
-from . import kernels
-from .config import Config, Launch, configure, padded
+from . import decode, kernels
+from .config import Config, Launch, configure, decode_launch, padded
 
 __all__ = ["BACKEND", "TritonBackend"]
 
 KEYS_PER_CHECK = 128
 SHORT = 16  # queries, at most, that get tiles of their own size
+MANY = 2048  # keys, at least, that are split over programs when the queries are few
+
+# Programs that a multiprocessor is given at least, and keys that one of them gets at least, where keys are split.
+SPLITS_PER_UNIT = 4
+KEYS_PER_SPLIT = 512
 
 # What may be left of tau's error when the output pass begins, in units of the mean u, and the passes that finding it
 # may take. The output pass then squares the error (kernels.py). On float32 at alpha = 2 the bound is that of rounding.
@@ -83,6 +88,12 @@ def _shared_memory(device: torch.device) -> int:
         return 232_448
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """An H100's where the kernels are interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
@@ -270,6 +281,7 @@ class TritonBackend:
                 t.zero_()
             return AttentionResult(out, tau, saved)
         arguments = call.arguments()
+        flags = self._decode(call, arguments, out, tau)
         programs = call.programs
         n_chunks = -(-request.seqlen_k // KEYS_PER_CHECK)
         first_bad = torch.empty(request.batch * request.heads_kv * n_chunks, dtype=torch.int32, device=device)
@@ -279,6 +291,7 @@ class TritonBackend:
             Launch(4, 1),
             K=call.k,
             FIRST_BAD=first_bad,
+            FLAGS=flags,
             heads_kv=request.heads_kv,
             n_chunks=n_chunks,
             BLOCK=KEYS_PER_CHECK,
@@ -286,7 +299,9 @@ class TritonBackend:
             **{name: arguments[name] for name in _OF_KEYS},
         )
         lists = call.list_like(programs, call.n_blocks)
-        words = torch.empty((programs, -(-call.n_blocks // kernels.WORD.value) + 1), dtype=torch.int32, device=device)
+        # A program of the output kernel has words of its own; the kernels before it take the first of its tile.
+        n_words = config.output_programs * (-(-call.n_blocks // kernels.WORD.value) + 1)
+        words = torch.empty((programs, n_words), dtype=torch.int32, device=device)
         counts = torch.empty((programs, 2), dtype=torch.int32, device=device)
         shared = arguments | {
             "Q": call.q,
@@ -295,6 +310,8 @@ class TritonBackend:
             "WORDS": words,
             "LIST": lists,
             "COUNTS": counts,
+            "FLAGS": flags,
+            "n_words": n_words,
             "WORD": kernels.WORD.value,
             "heads_q": request.heads_q,
             "ALPHA": call.alpha_class,
@@ -310,21 +327,80 @@ class TritonBackend:
             BOUND_EVERY=config.bound_every,
             **shared,
         )
+        shared |= {"LIVE": live, "SAVE": live is not None}
+        _launch(
+            kernels.entmax_attn_fwd_refine,
+            programs,
+            config.refine,
+            target=TARGET[call.q.dtype],
+            MAX_STEPS=MAX_STEPS,
+            **shared,
+        )
         _launch(
             kernels.entmax_attn_fwd_output,
-            programs,
+            programs * config.output_programs,
             config.output,
             V=call.v,
             OUT=out,
             OUT1=out1,
-            LIVE=live,
-            target=TARGET[call.q.dtype],
-            SAVE=out1 is not None,
-            MAX_STEPS=MAX_STEPS,
+            TILE_PROGRAMS=config.output_programs,
             **shared,
             **call.arguments_of_v(),
         )
         return AttentionResult(out, tau, saved)
+
+    def _decode(self, call: _Call, arguments: dict[str, Any], out: Tensor, tau: Tensor) -> Tensor | None:
+        """Few queries over many keys; the flags of what is left to the other kernels, or None if that is all."""
+        request = call.request
+        heads_kv = request.heads_kv
+        # Rows of a program have one alpha.
+        fold = 1 if call.alpha_heads is not None else request.heads_q // heads_kv
+        launch, block_m = decode_launch(call.q.dtype, request.head_dim, fold * request.seqlen_q)
+        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY or launch is None:
+            return None
+        n_units = request.heads_q // fold
+        n_row_tiles = -(-fold * request.seqlen_q // block_m)
+        units = request.batch * n_units * n_row_tiles
+        products = -(-request.seqlen_k // decode.KEYS.value)
+        n_splits = min(
+            decode.MAX_SPLITS.value,
+            -(-SPLITS_PER_UNIT * _multiprocessors(call.q.device) // units),
+            -(-request.seqlen_k // KEYS_PER_SPLIT),
+        )
+        split = -(-products // n_splits)
+        n_splits = -(-products // split)
+        rows, device = (units * n_splits, block_m), call.q.device
+        found = (*rows, decode.CAPACITY.value)
+        flags = torch.empty(request.batch * heads_kv, dtype=torch.int32, device=device)
+        shared = arguments | {
+            "Z": torch.empty(found, dtype=torch.float32, device=device),
+            "FOUND": torch.empty(found, dtype=torch.int32, device=device),
+            "COUNTS": torch.empty(rows, dtype=torch.int32, device=device),
+            "FLAGS": flags,
+            "heads_q": request.heads_q,
+            "fold": fold,
+            "n_units": n_units,
+            "n_row_tiles": n_row_tiles,
+            "n_splits": n_splits,
+            "ALPHA": call.alpha_class,
+            "BLOCK_M": block_m,
+        }
+        _launch(
+            decode.entmax_attn_decode_scan, units * n_splits, launch, Q=call.q, K=call.k, products=split, **shared
+        )
+        _launch(
+            decode.entmax_attn_decode_output,
+            request.batch * request.heads_q * request.seqlen_q,
+            Launch(8, 1),
+            V=call.v,
+            OUT=out,
+            TAU=tau,
+            MAX_STEPS=MAX_ROW_STEPS,
+            ROWS_V=32,
+            **shared,
+            **call.arguments_of_v(),
+        )
+        return flags
 
     def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         call = _Call(request, self._histogram)
@@ -335,7 +411,8 @@ class TritonBackend:
         request, config = call.request, call.config
         out1, live = saved
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
-        delta, dalpha = torch.empty_like(tau), None
+        # tau and delta of a row side by side: the dkv kernel loads both at once.
+        tau_delta, dalpha = tau.new_empty((*tau.shape, 2)), None
         if request.alpha_heads is not None:
             dalpha = torch.empty_like(tau)
         if call.is_empty:
@@ -352,8 +429,7 @@ class TritonBackend:
                 "K": call.k,
                 "V": call.v,
                 "DOUT": dout,
-                "TAU": tau,
-                "DELTA": delta,
+                "TAU_DELTA": tau_delta,
                 "LIVE": live,
                 "VEC_O": vector_o,
                 "ALPHA": call.alpha_class,
@@ -363,6 +439,7 @@ class TritonBackend:
                 call.programs,
                 config.dq,
                 OUT1=out1,
+                TAU=tau,
                 DQ=dq,
                 DALPHA=dalpha,
                 LIST=call.list_like(call.programs, call.n_blocks),
@@ -376,7 +453,7 @@ class TritonBackend:
                 config.dkv,
                 DK=dk,
                 DV=dv,
-                LIST=call.list_like(programs, call.n_tiles * (request.heads_q // request.heads_kv)),
+                LIST=call.list_like(programs, call.n_tiles),
                 heads_kv=request.heads_kv,
                 PARTS=config.dkv_parts,
                 **shared,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Config", "Launch", "configure", "padded"]
+__all__ = ["Config", "Launch", "configure", "decode_launch", "padded"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +43,19 @@ class Config:
         block_n: keys of a block, the unit that is skipped.
         scan_blocks: blocks that the scan multiplies at once.
         bound_every: products of the scan after which the bound of tau is raised.
+        output_programs: of the output kernel that share a tile.
         dkv_parts: into how many parts the dkv kernel takes a tile.
-        scan, output, dq, dkv: of the kernels.
+        scan, refine, output, dq, dkv: of the kernels.
     """
 
     block_m: int
     block_n: int
     scan_blocks: int
     bound_every: int
+    output_programs: int
     dkv_parts: int
     scan: Launch
+    refine: Launch
     output: Launch
     dq: Launch
     dkv: Launch
@@ -80,18 +83,35 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
     if short:
         few = Launch(4, 4 if row <= 128 else 2)
         if row <= 512 and not (is_small and row > 256):
-            return Config(16, 64, 2, 4, 1, few, few, few, Launch(4, 2 if row <= 256 else 1))
-        return Config(16, 32, 1, 4, 1, *[Launch(4, 1)] * 4)
+            return Config(16, 64, 2, 4, 1, 1, few, few, few, few, Launch(4, 2 if row <= 256 else 1))
+        return Config(16, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
     if is_small or not is_half:
         if row <= 128:
-            return Config(64, 64, 1, 4, 1, *[Launch(4, 2)] * 4)
+            return Config(64, 64, 1, 4, 1, 1, *[Launch(4, 2)] * 5)
         if row <= 256:
-            return Config(64, 64 if is_half or not is_small else 32, 1, 4, 1, *[Launch(4, 1 if is_small else 2)] * 4)
-        return Config(32, 32, 1, 4, 1, *[Launch(4, 1)] * 4)
+            block_n = 64 if is_half or not is_small else 32
+            return Config(64, block_n, 1, 4, 1, 1, *[Launch(4, 1 if is_small else 2)] * 5)
+        return Config(32, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
     if row <= 128:
-        return Config(128, 64, 2, 4, 1, Launch(8, 3, 128), Launch(8, 3), Launch(8, 2, 128), Launch(4, 2))
+        return Config(
+            128, 64, 2, 16, 2, 2, Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 4), Launch(8, 3, 128), Launch(4, 3)
+        )
     if row <= 256:
-        return Config(128, 64, 2, 4, 4, Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 2))
+        return Config(128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 2))
     if shared_memory >= 200_000:
-        return Config(64, 64, 1, 4, 1, Launch(4, 2), *[Launch(8, 2)] * 3)
-    return Config(64, 64, 1, 4, 1, Launch(4, 2), *[Launch(8, 1)] * 3)
+        return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 2)] * 4)
+    return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 1)] * 4)
+
+
+def decode_launch(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[Launch | None, int]:
+    """Of the scan in decode.py, and how many rows a program takes; no launch where its keys would not fit.
+
+    Args:
+        dtype: of q and k.
+        head_dim: of q and k.
+        rows: queries that share keys.
+    """
+    row = padded(head_dim) * dtype.itemsize
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    stages = {128: 4, 256: 2}.get(max(row, 128))
+    return None if stages is None else Launch(8 if block_m == 64 else 4, stages), block_m

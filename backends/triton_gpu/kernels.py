@@ -12,6 +12,8 @@ order; LIVE a byte for each tile and block, 1 where it holds support. While a lo
 kept as a bit per block in registers and written to WORDS 32 at a time: a store for each block would move its mask
 through shared memory. Rows that see no key have tau = +inf, rows with a query that is not finite or a key in sight that
 is not have tau = NaN.
+
+With FLAGS (decode.py) a kernel of forward works on the heads that are flagged, by the keys that they share.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "entmax_attn_bwd_dq",
     "entmax_attn_check_keys",
     "entmax_attn_fwd_output",
+    "entmax_attn_fwd_refine",
     "entmax_attn_fwd_scan",
     "entmax_attn_support",
     "entmax_rows_bwd",
@@ -38,7 +41,7 @@ INTEGERS = [
     *(f"stride_{tensor}{axis}" for tensor in "qo" for axis in "bhm"),
     *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bhn"),
     *("stride_xm", "stride_xn", "stride_dm", "stride_dn", "n"),
-    *("heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "n_tiles", "n_blocks", "n_chunks"),
+    *("heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "n_tiles", "n_blocks", "n_chunks", "n_words"),
     *("map_m", "map_n", "map_rows", "map_columns"),
 ]
 
@@ -246,9 +249,8 @@ def _fill(pointer, n, value):
 
 
 @triton.jit
-def _mark_live(LIVE, LIST, WORDS, count, n_blocks):
-    """1 in LIVE for the entries of LIST whose bit is set, 0 for all other blocks."""
-    _fill(LIVE, n_blocks, 0)
+def _mark_live(LIVE, LIST, WORDS, count):
+    """1 in LIVE for the entries of LIST whose bit is set."""
     o_chunk = tl.arange(0, CHUNK)
     for first in range(0, count, CHUNK):
         o_places = first + o_chunk
@@ -260,6 +262,7 @@ def _mark_live(LIVE, LIST, WORDS, count, n_blocks):
 def entmax_attn_check_keys(
     K,
     FIRST_BAD,
+    FLAGS,
     SEQLENS_K,
     stride_kb,
     stride_kh,
@@ -276,6 +279,9 @@ def entmax_attn_check_keys(
     """The first key that is not finite in each chunk of BLOCK keys, or seqlen_k."""
     i_c = tl.program_id(0) % n_chunks
     i_bh = tl.program_id(0) // n_chunks
+    if FLAGS is not None:
+        if tl.load(FLAGS + i_bh) == 0:
+            return
     i_b = (i_bh // heads_kv).to(tl.int64)
     i_h = (i_bh % heads_kv).to(tl.int64)
     _, len_k = _lengths(SEQLENS_K, SEQLENS_K, i_b, seqlen_k, seqlen_k, False, HAS_SEQLENS_K)
@@ -398,6 +404,7 @@ def entmax_attn_fwd_scan(
     LIST,
     COUNTS,
     FIRST_BAD,
+    FLAGS,
     ALPHA_HEADS,
     SEQLENS_Q,
     SEQLENS_K,
@@ -416,6 +423,7 @@ def entmax_attn_fwd_scan(
     n_tiles,
     n_blocks,
     n_chunks,
+    n_words,
     ALPHA: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -446,13 +454,16 @@ def entmax_attn_fwd_scan(
     i_h = (i_bh % heads_q).to(tl.int64)
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     i_kv = i_b * (heads_q // group) + i_h // group
+    if FLAGS is not None:
+        if tl.load(FLAGS + i_kv) == 0:
+            return
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
     exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
     K += (i_b * stride_kb + (i_h // group) * stride_kh) * VEC_K
-    WORDS += i_tile * (tl.cdiv(n_blocks, WORD) + 1)
+    WORDS += i_tile * n_words
     LIST += i_tile * n_blocks
 
     o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -547,11 +558,23 @@ def _block_scores(
 
 
 @triton.jit
-def _keep_bits(WORDS, i, is_last, b_bits, is_above, WORD: tl.constexpr):
-    """Bit i % WORD from ``is_above`` (any row); a full word, and the last one, is written."""
-    b_bits = b_bits | (is_above.to(tl.int32) << (i % WORD))
+def _by_thread(b_x):
+    """[rows, keys // 8, 4, 2]: of a product, a thread holds all keys of a row that have one index of the 4."""
+    return tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 4, 2])
+
+
+@triton.jit
+def _sum_by_thread(b_x):
+    """[rows, 4] sums that never leave their thread."""
+    return tl.sum(tl.sum(b_x, 3), 1)
+
+
+@triton.jit
+def _keep_bits(WORDS, i, is_last, b_bits, b_added, WORD: tl.constexpr):
+    """Bit i % WORD where ``b_added`` (any row) is positive; a full word, and the last one, is written."""
+    b_bits = b_bits | ((b_added > 0).to(tl.int32) << (i % WORD))
     if (i % WORD == WORD - 1) | is_last:
-        tl.store(WORDS + i // WORD, tl.reduce(b_bits, 0, _or))
+        tl.store(WORDS + i // WORD, tl.reduce(tl.reduce(b_bits, 1, _or), 0, _or))
         b_bits = b_bits & 0
     return b_bits
 
@@ -591,12 +614,135 @@ def _refine(
         b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
-        b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
-        b_added = tl.sum(b_w, 1)
-        b_f += tl.sum(b_p, 1)
+        b_z = _by_thread(b_s) * c
+        b_p, b_w = _powers(tl.maximum(b_z - b_tau[:, None, None, None], 0.0), r, ALPHA)
+        b_added = _sum_by_thread(b_w)
+        b_f += _sum_by_thread(b_p)
         b_g += b_added
-        b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added > 0, WORD)
+        b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
     return b_f, b_g, b_bits
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def entmax_attn_fwd_refine(
+    Q,
+    K,
+    TAU,
+    LIVE,
+    WORDS,
+    LIST,
+    COUNTS,
+    FLAGS,
+    ALPHA_HEADS,
+    SEQLENS_Q,
+    SEQLENS_K,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    alpha,
+    scale,
+    target,
+    heads_q,
+    group,
+    seqlen_q,
+    seqlen_k,
+    n_tiles,
+    n_blocks,
+    n_words,
+    ALPHA: tl.constexpr,
+    PER_HEAD: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_SEQLENS_Q: tl.constexpr,
+    HAS_SEQLENS_K: tl.constexpr,
+    SIGN: tl.constexpr,
+    SAVE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    VEC_Q: tl.constexpr,
+    VEC_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WORD: tl.constexpr,
+    MAX_STEPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Refine over the listed blocks: Newton steps in TAU until the next one is expected to be below ``target``.
+
+    What is left of tau's error the output pass finds and corrects. After the first step, the list keeps the blocks that
+    it had found above the bound of the scan. LIVE is cleared for the output pass.
+    """
+    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
+    i_bh = tl.program_id(0) // n_tiles
+    i_b = (i_bh // heads_q).to(tl.int64)
+    i_h = (i_bh % heads_q).to(tl.int64)
+    if FLAGS is not None:
+        if tl.load(FLAGS + i_b * (heads_q // group) + i_h // group) == 0:
+            return
+    i_tile = i_bh.to(tl.int64) * n_tiles + i_m
+    len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
+    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    c = exponent * scale
+    r = 1 / exponent
+    Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
+    K += (i_b * stride_kb + (i_h // group) * stride_kh) * VEC_K
+    TAU += i_bh.to(tl.int64) * seqlen_q
+    WORDS += i_tile * n_words
+    LIST += i_tile * n_blocks
+    if SAVE:
+        _fill(LIVE + i_tile * n_blocks, n_blocks, 0)
+
+    o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
+    b_q = _signed(_load_tile(Q, i_m * BLOCK_M, 0, seqlen_q, stride_qm, VEC_Q, BLOCK_M, HEAD_DIM, BLOCK_D), SIGN)
+    b_tau = tl.load(TAU + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
+    is_bad = b_tau != b_tau
+    b_tau = tl.where(is_bad, float("inf"), b_tau)
+    whole = tl.load(COUNTS + 2 * i_tile)
+    count = tl.load(COUNTS + 2 * i_tile + 1)
+
+    # In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
+    tolerance = tl.exp2(tl.log2(target) * tl.maximum(0.5, exponent)) * tl.minimum(2 * exponent, 1.0)
+    b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
+    b_no_bits = tl.zeros([BLOCK_M, 4], tl.int32)
+    steps = 0
+    largest = 2 * tolerance
+    while (steps < MAX_STEPS) & (largest > tolerance):
+        b_f, b_g, b_bits = _refine(
+            b_q, K, WORDS, LIST, 0, whole, count, stride_kn, b_seen, b_tau, b_zero, b_zero, b_no_bits, len_k, c, r,
+            ALPHA, False, VEC_K, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        b_f, b_g, b_bits = _refine(
+            b_q, K, WORDS, LIST, whole, count, count, stride_kn, b_seen, b_tau, b_f, b_g, b_bits, len_k, c, r,
+            ALPHA, True, VEC_K, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        if steps == 0:
+            tl.debug_barrier()
+            if tl.max(is_bad.to(tl.int32), 0) > 0:
+                _fill(WORDS, tl.cdiv(count, WORD), -1)
+            whole, count = _shorten_list(LIST, WORDS, whole, count)
+        b_norm = tl.sum(b_f, 1)
+        b_slope = tl.sum(b_g, 1)
+        b_step = _newton_step(b_norm, b_slope, r, ALPHA)
+        b_tau += b_step
+        largest = tl.max(tl.where(b_norm > 0, b_step * b_slope / b_norm, 0.0), 0)
+        steps += 1
+    tl.store(TAU + o_rows, tl.where(is_bad, float("nan"), b_tau), mask=o_rows < seqlen_q)
+    tl.store(COUNTS + 2 * i_tile, whole)
+    tl.store(COUNTS + 2 * i_tile + 1, count)
+
+
+@triton.jit
+def _split(b_x, dtype: tl.constexpr):
+    """x as a sum of two numbers in half precision: the upper bits of its mantissa, and the rest.
+
+    Cut off instead of rounded, the first needs no conversion but the one that packs it.
+    """
+    LOWER: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
+    b_high = ((b_x.to(tl.int32, bitcast=True) >> LOWER) << LOWER).to(tl.float32, bitcast=True)
+    return b_high.to(dtype), (b_x - b_high).to(dtype)
 
 
 @triton.jit
@@ -618,11 +764,13 @@ def _output(
     b_bits,
     b_out,
     b_out1,
+    b_rest,
     len_k,
     c,
     r,
     ALPHA: tl.constexpr,
     MASKED: tl.constexpr,
+    SAVE: tl.constexpr,
     VEC_K: tl.constexpr,
     VEC_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -646,18 +794,24 @@ def _output(
         else:
             b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
         b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
-        b_added = tl.sum(b_w, 1)
-        b_f += tl.sum(b_p, 1)
+        b_added = _sum_by_thread(_by_thread(b_w))
+        b_f += _sum_by_thread(_by_thread(b_p))
         b_g += b_added
-        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-        b_w_high = b_w.to(b_v.dtype)
-        b_out1 = tl.dot(b_w_high, b_v, b_out1, input_precision=PRECISION)
-        if b_v.dtype != tl.float32:
+        if SAVE and b_v.dtype != tl.float32:
             # delta hangs on out1, and an error in delta reaches all keys of a row alike: it does not average out.
-            b_w_low = (b_w - b_w_high.to(tl.float32)).to(b_v.dtype)
-            b_out1 = tl.dot(b_w_low, b_v, b_out1, input_precision=PRECISION)
-        b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added > 0, WORD)
-    return b_f, b_g, b_bits, b_out, b_out1
+            b_high, b_low = _split(b_w, b_v.dtype)
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            b_out1 = tl.dot(b_high, b_v, b_out1, input_precision=PRECISION)
+            # In a sum of its own it need not wait for the other, but that takes registers.
+            if BLOCK_DV <= 64:
+                b_rest = tl.dot(b_low, b_v, b_rest, input_precision=PRECISION)
+            else:
+                b_out1 = tl.dot(b_low, b_v, b_out1, input_precision=PRECISION)
+        else:
+            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+            b_out1 = tl.dot(b_w.to(b_v.dtype), b_v, b_out1, input_precision=PRECISION)
+        b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
+    return b_f, b_g, b_bits, b_out, b_out1, b_rest
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -672,6 +826,7 @@ def entmax_attn_fwd_output(
     WORDS,
     LIST,
     COUNTS,
+    FLAGS,
     ALPHA_HEADS,
     SEQLENS_Q,
     SEQLENS_K,
@@ -686,13 +841,13 @@ def entmax_attn_fwd_output(
     stride_vn,
     alpha,
     scale,
-    target,
     heads_q,
     group,
     seqlen_q,
     seqlen_k,
     n_tiles,
     n_blocks,
+    n_words,
     ALPHA: tl.constexpr,
     PER_HEAD: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
@@ -710,18 +865,23 @@ def entmax_attn_fwd_output(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WORD: tl.constexpr,
-    MAX_STEPS: tl.constexpr,
+    TILE_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Refine and output over the listed blocks: tau, out, and for backward out1 = sum w v / sum w and LIVE.
+    """Output of one part of a tile over the listed blocks: tau, out, and for backward out1 = sum w v / sum w and LIVE.
 
-    Newton steps are taken until the next one is expected to be below ``target``. That one is applied to the output
-    itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
+    The last step e of tau is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
     """
-    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
+    ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
+    i_part = tl.program_id(0) % TILE_PROGRAMS
+    i_program = tl.program_id(0) // TILE_PROGRAMS
+    i_m = n_tiles - 1 - i_program % n_tiles
+    i_bh = i_program // n_tiles
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
+    if FLAGS is not None:
+        if tl.load(FLAGS + i_b * (heads_q // group) + i_h // group) == 0:
+            return
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
     exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
@@ -731,69 +891,50 @@ def entmax_attn_fwd_output(
     K += (i_b * stride_kb + (i_h // group) * stride_kh) * VEC_K
     V += (i_b * stride_vb + (i_h // group) * stride_vh) * VEC_V
     TAU += i_bh.to(tl.int64) * seqlen_q
-    WORDS += i_tile * (tl.cdiv(n_blocks, WORD) + 1)
+    WORDS += i_tile * n_words + i_part * (n_words // TILE_PROGRAMS)
     LIST += i_tile * n_blocks
 
-    o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = i_m * BLOCK_M + i_part * ROWS
+    o_rows = first + tl.arange(0, ROWS)
     b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
-    b_q = _signed(_load_tile(Q, i_m * BLOCK_M, 0, seqlen_q, stride_qm, VEC_Q, BLOCK_M, HEAD_DIM, BLOCK_D), SIGN)
+    b_q = _signed(_load_tile(Q, first, 0, seqlen_q, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D), SIGN)
     b_tau = tl.load(TAU + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
     is_bad = b_tau != b_tau
     b_tau = tl.where(is_bad, float("inf"), b_tau)
     whole = tl.load(COUNTS + 2 * i_tile)
     count = tl.load(COUNTS + 2 * i_tile + 1)
 
-    # In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
-    tolerance = tl.exp2(tl.log2(target) * tl.maximum(0.5, exponent)) * tl.minimum(2 * exponent, 1.0)
-    b_zero = tl.zeros([BLOCK_M], tl.float32)
-    b_no_bits = tl.zeros([BLOCK_M], tl.int32)
-    has_bad = tl.max(is_bad.to(tl.int32), 0) > 0
-    steps = 0
-    largest = 2 * tolerance
-    while (steps < MAX_STEPS) & (largest > tolerance):
-        b_f, b_g, b_bits = _refine(
-            b_q, K, WORDS, LIST, 0, whole, count, stride_kn, b_seen, b_tau, b_zero, b_zero, b_no_bits, len_k, c, r,
-            ALPHA, False, VEC_K, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        b_f, b_g, b_bits = _refine(
-            b_q, K, WORDS, LIST, whole, count, count, stride_kn, b_seen, b_tau, b_f, b_g, b_bits, len_k, c, r,
-            ALPHA, True, VEC_K, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, PRECISION,
-        )  # fmt: skip
-        if steps == 0:
-            tl.debug_barrier()
-            if has_bad:
-                _fill(WORDS, tl.cdiv(count, WORD), -1)
-            whole, count = _shorten_list(LIST, WORDS, whole, count)
-        b_step = _newton_step(b_f, b_g, r, ALPHA)
-        b_tau += b_step
-        largest = tl.max(tl.where(b_f > 0, b_step * b_g / b_f, 0.0), 0)
-        steps += 1
-
-    b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    b_out1 = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    b_f, b_g, b_bits, b_out, b_out1 = _output(
+    b_zero = tl.zeros([ROWS, 4], tl.float32)
+    b_no_bits = tl.zeros([ROWS, 4], tl.int32)
+    b_out = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    b_out1 = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    b_rest = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    b_f, b_g, b_bits, b_out, b_out1, b_rest = _output(
         b_q, K, V, WORDS, LIST, 0, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_zero, b_zero, b_no_bits,
-        b_out, b_out1, len_k, c, r,
-        ALPHA, False, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_out, b_out1, b_rest, len_k, c, r,
+        ALPHA, False, SAVE, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_f, b_g, b_bits, b_out, b_out1 = _output(
+    b_f, b_g, b_bits, b_out, b_out1, b_rest = _output(
         b_q, K, V, WORDS, LIST, whole, count, count, stride_kn, stride_vn, b_seen, b_tau, b_f, b_g, b_bits,
-        b_out, b_out1, len_k, c, r,
-        ALPHA, True, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_out, b_out1, b_rest, len_k, c, r,
+        ALPHA, True, SAVE, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_step = _newton_step(b_f, b_g, r, ALPHA)
+    b_norm = tl.sum(b_f, 1)
+    b_slope = tl.sum(b_g, 1)
+    b_step = _newton_step(b_norm, b_slope, r, ALPHA)
+    b_out1 += b_rest
     b_out = b_out - (r * b_step)[:, None] * b_out1
     b_nan = tl.where(is_bad, float("nan"), 0.0)
     row = i_bh.to(tl.int64) * seqlen_q * HEAD_DIM_V
-    _store_tile(OUT + row, i_m * BLOCK_M, seqlen_q, HEAD_DIM_V, b_out + b_nan[:, None], BLOCK_M, HEAD_DIM_V, BLOCK_DV)
+    _store_tile(OUT + row, first, seqlen_q, HEAD_DIM_V, b_out + b_nan[:, None], ROWS, HEAD_DIM_V, BLOCK_DV)
     tl.store(TAU + o_rows, b_tau + b_step + b_nan, mask=o_rows < seqlen_q)
     if SAVE:
         tl.debug_barrier()
-        if has_bad:
+        if tl.max(is_bad.to(tl.int32), 0) > 0:
             _fill(WORDS, tl.cdiv(count, WORD), -1)
-        _mark_live(LIVE + i_tile * n_blocks, LIST, WORDS, count, n_blocks)
-        b_out1 = b_out1 / tl.where(b_g > 0, b_g, 1.0)[:, None] + b_nan[:, None]
-        _store_tile(OUT1 + row, i_m * BLOCK_M, seqlen_q, HEAD_DIM_V, b_out1, BLOCK_M, HEAD_DIM_V, BLOCK_DV)
+        _mark_live(LIVE + i_tile * n_blocks, LIST, WORDS, count)
+        b_out1 = b_out1 / tl.where(b_slope > 0, b_slope, 1.0)[:, None] + b_nan[:, None]
+        _store_tile(OUT1 + row, first, seqlen_q, HEAD_DIM_V, b_out1, ROWS, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit
@@ -876,7 +1017,7 @@ def entmax_attn_bwd_dq(
     DOUT,
     OUT1,
     TAU,
-    DELTA,
+    TAU_DELTA,
     DQ,
     DALPHA,
     LIVE,
@@ -922,7 +1063,7 @@ def entmax_attn_bwd_dq(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = dout . out1 per row, dq, and the gradient of alpha per row, over the blocks that hold support."""
+    """delta = dout . out1 per row, beside tau in TAU_DELTA; dq, and the gradient of alpha per row."""
     i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
     i_bh = tl.program_id(0) // n_tiles
     i_b = (i_bh // heads_q).to(tl.int64)
@@ -959,7 +1100,8 @@ def entmax_attn_bwd_dq(
     is_bad = b_tau != b_tau
     b_delta = tl.sum(b_dout.to(tl.float32) * b_out1, 1)
     b_delta = tl.where(b_seen > 0, b_delta, 0.0)
-    tl.store(DELTA + row + o_rows, b_delta, mask=o_rows < seqlen_q)
+    o_pairs = (row + o_rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(TAU_DELTA + o_pairs, tl.join(b_tau, b_delta), mask=o_rows[:, None] < seqlen_q)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_w_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -991,11 +1133,9 @@ def _list_tiles(
     LIVE,
     LIST,
     count,
-    i_first_head,
     j,
     n_tiles,
     n_blocks,
-    n_entries,
     len_q,
     len_k,
     MASKED: tl.constexpr,
@@ -1003,22 +1143,21 @@ def _list_tiles(
     BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):
-    """Append the tiles of a group of heads for which block j is live: those that need a mask, or those that do not."""
+    """Append the tiles of a head for which block j is live: those that need a mask, or those that do not."""
     o_chunk = tl.arange(0, CHUNK)
-    for first in range(0, n_entries, CHUNK):
-        o_entries = first + o_chunk
-        o_live = (i_first_head * n_tiles + o_entries).to(tl.int64) * n_blocks + j
-        is_listed = tl.load(LIVE + o_live, mask=o_entries < n_entries, other=0) > 0
-        o_tiles = o_entries % n_tiles
+    for first in range(0, n_tiles, CHUNK):
+        o_tiles = first + o_chunk
+        is_listed = tl.load(LIVE + o_tiles.to(tl.int64) * n_blocks + j, mask=o_tiles < n_tiles, other=0) > 0
         b_seen = tl.zeros([CHUNK], tl.int32) + len_k
         if IS_CAUSAL:
             b_seen = tl.minimum(o_tiles * BLOCK_M + 1 + len_k - len_q, b_seen)
+        is_whole = (b_seen >= (j + 1) * BLOCK_N) & ((o_tiles + 1) * BLOCK_M <= len_q)
         if MASKED:
-            is_listed = is_listed & (b_seen < (j + 1) * BLOCK_N)
+            is_listed = is_listed & ~is_whole
         else:
-            is_listed = is_listed & (b_seen >= (j + 1) * BLOCK_N)
+            is_listed = is_listed & is_whole
         b_listed = is_listed.to(tl.int32)
-        tl.store(LIST + count + tl.cumsum(b_listed, 0) - 1, o_entries, mask=is_listed)
+        tl.store(LIST + count + tl.cumsum(b_listed, 0) - 1, o_tiles.to(LIST.dtype.element_ty), mask=is_listed)
         count += tl.sum(b_listed, 0)
     return count
 
@@ -1029,31 +1168,23 @@ def _dkv(
     b_v,
     Q,
     DOUT,
-    TAU,
-    DELTA,
-    ALPHA_HEADS,
+    TAU_DELTA,
     LIST,
     begin,
     end,
     j,
-    i_first_head,
-    i_first_of_batch,
-    stride_qh,
     stride_qm,
-    stride_oh,
     stride_om,
     first_row,
     end_row,
-    n_tiles,
     seqlen_q,
     len_q,
     len_k,
     b_dk,
     b_dv,
-    alpha,
-    scale,
+    c,
+    r,
     ALPHA: tl.constexpr,
-    PER_HEAD: tl.constexpr,
     MASKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     SIGN: tl.constexpr,
@@ -1068,35 +1199,29 @@ def _dkv(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum ds^T q and sum p^T dout over the listed tiles, each taken in PARTS parts."""
+    """sum ds^T q and sum p^T dout over the listed tiles of one head, each taken in PARTS parts."""
     ROWS: tl.constexpr = BLOCK_M // PARTS
     o_keys = j * BLOCK_N + tl.arange(0, BLOCK_N)
-    entry_next = _next_block(LIST, begin, end)
+    o_pairs = tl.arange(0, 2 * ROWS)
+    tile_next = _next_block(LIST, begin, end)
     for i in tl.range(begin * PARTS, end * PARTS):
-        entry = entry_next
-        entry_next = _next_block(LIST, (i + 1) // PARTS, end)
-        i_g = entry // n_tiles
-        first = (entry % n_tiles) * BLOCK_M + (i % PARTS) * ROWS
-        i_h = (i_first_head - i_first_of_batch + i_g).to(tl.int64)
-        row = (i_first_head + i_g).to(tl.int64) * seqlen_q
-        exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
-        c = exponent * scale
-        r = 1 / exponent
-        o_rows = first + tl.arange(0, ROWS)
-        b_q = _load_tile(
-            Q + i_h * stride_qh * VEC_Q, first, first_row, end_row, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D
-        )
+        first = tile_next * BLOCK_M + (i % PARTS) * ROWS
+        tile_next = _next_block(LIST, (i + 1) // PARTS, end)
+        if MASKED:
+            b_q = _load_tile(Q, first, first_row, end_row, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D)
+            b_dout = _load_tile(DOUT, first, first_row, end_row, stride_om, VEC_O, ROWS, HEAD_DIM_V, BLOCK_DV)
+            b_pairs = tl.load(TAU_DELTA + 2 * first + o_pairs, mask=2 * first + o_pairs < 2 * seqlen_q, other=0.0)
+        else:
+            b_q = _load_block(Q, first, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D)
+            b_dout = _load_block(DOUT, first, stride_om, VEC_O, ROWS, HEAD_DIM_V, BLOCK_DV)
+            b_pairs = tl.load(TAU_DELTA + 2 * first + o_pairs)
+        b_tau, b_delta = tl.split(tl.reshape(b_pairs, [ROWS, 2]))
         b_q = _signed(b_q, SIGN)
-        b_dout = _load_tile(
-            DOUT + i_h * stride_oh * VEC_O, first, first_row, end_row, stride_om, VEC_O, ROWS, HEAD_DIM_V, BLOCK_DV
-        )
-        b_tau = tl.load(TAU + row + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
-        b_delta = tl.load(DELTA + row + o_rows, mask=o_rows < seqlen_q, other=0.0)
         # [BLOCK_N, ROWS]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_z = b_s * c - b_tau[None, :]
         if MASKED:
-            b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
+            b_seen = _keys_seen(first + tl.arange(0, ROWS), len_q, len_k, IS_CAUSAL)
             b_z = tl.where(o_keys[:, None] < b_seen[None, :], b_z, float("-inf"))
         # A row without a tau takes all that it sees with it.
         b_u = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -1114,8 +1239,7 @@ def entmax_attn_bwd_dkv(
     K,
     V,
     DOUT,
-    TAU,
-    DELTA,
+    TAU_DELTA,
     DK,
     DV,
     LIVE,
@@ -1167,25 +1291,12 @@ def entmax_attn_bwd_dkv(
     i_bh = tl.program_id(0) // n_blocks
     i_b = (i_bh // heads_kv).to(tl.int64)
     i_h = (i_bh % heads_kv).to(tl.int64)
-    i_first_of_batch = i_b * heads_kv * group
-    i_first_head = i_first_of_batch + i_h * group
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
     K += (i_b * stride_kb + i_h * stride_kh) * VEC_K
     V += (i_b * stride_vb + i_h * stride_vh) * VEC_V
-    Q += i_b * stride_qb * VEC_Q
-    DOUT += i_b * stride_ob * VEC_O
-    n_entries = n_tiles * group
-    LIST += tl.program_id(0).to(tl.int64) * n_entries
-    masked = _list_tiles(
-        LIVE, LIST, n_tiles * 0, i_first_head, j, n_tiles, n_blocks, n_entries, len_q, len_k,
-        True, BLOCK_M, BLOCK_N, IS_CAUSAL,
-    )  # fmt: skip
-    count = _list_tiles(
-        LIVE, LIST, masked, i_first_head, j, n_tiles, n_blocks, n_entries, len_q, len_k,
-        False, BLOCK_M, BLOCK_N, IS_CAUSAL,
-    )  # fmt: skip
-    tl.debug_barrier()
+    LIST += tl.program_id(0).to(tl.int64) * n_tiles
 
+    # Queries that see no key, and the padding, may hold anything.
     first_row = 0
     if IS_CAUSAL:
         first_row = tl.minimum(tl.maximum(len_q - len_k, 0), seqlen_q - 1)
@@ -1195,18 +1306,37 @@ def entmax_attn_bwd_dkv(
     b_v = _load_tile(V, j * BLOCK_N, 0, end_key, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    b_dk, b_dv = _dkv(
-        b_k, b_v, Q, DOUT, TAU, DELTA, ALPHA_HEADS, LIST, 0, masked, j, i_first_head, i_first_of_batch,
-        stride_qh, stride_qm, stride_oh, stride_om, first_row, end_row, n_tiles, seqlen_q, len_q, len_k,
-        b_dk, b_dv, alpha, scale, ALPHA, PER_HEAD, True, IS_CAUSAL, SIGN, VEC_Q, VEC_O, BLOCK_M, BLOCK_N, PARTS,
-        HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-    )  # fmt: skip
-    b_dk, b_dv = _dkv(
-        b_k, b_v, Q, DOUT, TAU, DELTA, ALPHA_HEADS, LIST, masked, count, j, i_first_head, i_first_of_batch,
-        stride_qh, stride_qm, stride_oh, stride_om, first_row, end_row, n_tiles, seqlen_q, len_q, len_k,
-        b_dk, b_dv, alpha, scale, ALPHA, PER_HEAD, False, IS_CAUSAL, SIGN, VEC_Q, VEC_O, BLOCK_M, BLOCK_N, PARTS,
-        HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-    )  # fmt: skip
+    for i_g in range(0, group):
+        i_hq = i_h * group + i_g
+        i_bhq = i_b * heads_kv * group + i_hq
+        exponent = _exponent(ALPHA_HEADS, alpha, i_hq, PER_HEAD)
+        c = exponent * scale
+        r = 1 / exponent
+        q_head = Q + (i_b * stride_qb + i_hq * stride_qh) * VEC_Q
+        dout_head = DOUT + (i_b * stride_ob + i_hq * stride_oh) * VEC_O
+        pairs_head = TAU_DELTA + i_bhq * seqlen_q * 2
+        live_head = LIVE + i_bhq * n_tiles * n_blocks
+        # The list of the head before may still be read.
+        tl.debug_barrier()
+        masked = _list_tiles(
+            live_head, LIST, n_tiles * 0, j, n_tiles, n_blocks, len_q, len_k, True, BLOCK_M, BLOCK_N, IS_CAUSAL
+        )
+        count = _list_tiles(
+            live_head, LIST, masked, j, n_tiles, n_blocks, len_q, len_k, False, BLOCK_M, BLOCK_N, IS_CAUSAL
+        )
+        tl.debug_barrier()
+        b_dk, b_dv = _dkv(
+            b_k, b_v, q_head, dout_head, pairs_head, LIST, 0, masked, j, stride_qm, stride_om,
+            first_row, end_row, seqlen_q, len_q, len_k, b_dk, b_dv, c, r,
+            ALPHA, True, IS_CAUSAL, SIGN, VEC_Q, VEC_O, BLOCK_M, BLOCK_N, PARTS,
+            HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        b_dk, b_dv = _dkv(
+            b_k, b_v, q_head, dout_head, pairs_head, LIST, masked, count, j, stride_qm, stride_om,
+            first_row, end_row, seqlen_q, len_q, len_k, b_dk, b_dv, c, r,
+            ALPHA, False, IS_CAUSAL, SIGN, VEC_Q, VEC_O, BLOCK_M, BLOCK_N, PARTS,
+            HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
     row = i_bh.to(tl.int64) * seqlen_k
     _store_tile(DK + row * HEAD_DIM, j * BLOCK_N, seqlen_k, HEAD_DIM, b_dk * scale, BLOCK_N, HEAD_DIM, BLOCK_D)
     _store_tile(DV + row * HEAD_DIM_V, j * BLOCK_N, seqlen_k, HEAD_DIM_V, b_dv, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
