@@ -149,7 +149,7 @@ _HALF_OF_ONE = {
         Launch(8, 32, 2, 1),
         Launch(4, 32, 2, 1),
     ),
-    ((8, 0), 256): Config(
+    ((9, 0), 256): Config(
         256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)
     ),
     ((10, 0), 64): _BLACKWELL_64,
