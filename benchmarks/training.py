@@ -82,10 +82,10 @@ def build(case: Case, layers: int, vocab_size: int, device: torch.device) -> Lla
         head_dim=case.head_dim,
         max_position_embeddings=case.seqlen,
         use_cache=False,
-        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(device)
+    with device:
+        return LlamaForCausalLM(config)
 
 
 def loss_of(model: LlamaForCausalLM, tokens: Tensor) -> Tensor:

@@ -439,7 +439,7 @@ def train_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     seeds = range(options.first_seed, options.first_seed + setting.seeds)
     sizes = dataclasses.asdict(setting)
     del sizes["seeds"]  # the runs tell them
-    results = {
+    results: dict[str, Any] = {
         "setting": sizes,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
