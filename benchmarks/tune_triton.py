@@ -127,7 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for blocks in args.blocks:
         block_m, block_n = map(int, blocks.split("x"))
-        recorded = record(request, dout, dataclasses.replace(plain, block_m=block_m, block_n=block_n, output_programs=2))
+        recorded = record(
+            request, dout, dataclasses.replace(plain, block_m=block_m, block_n=block_n, output_programs=2)
+        )
         jobs = []
         for name in args.kernel:
             _, arguments = recorded[name]

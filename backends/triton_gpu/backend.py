@@ -24,9 +24,10 @@ KEYS_PER_CHECK = 128
 SHORT = 16  # queries, at most, that get tiles of their own size
 MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
-# Programs that a multiprocessor is given at least, and keys that one of them gets at least, where keys are split.
-SPLITS_PER_UNIT = 4
-KEYS_PER_SPLIT = 512
+# Where keys are split: programs for each multiprocessor, and keys of one, at least and (with splits enough) at most.
+# Of more keys more pass the bound on its way up than their list may hold.
+SPLITS_PER_MULTIPROCESSOR = 4
+KEYS_PER_SPLIT = (512, 4096)
 
 # What may be left of tau's error when the output pass begins, in units of the mean u, and the passes that finding it
 # may take. The output pass then squares the error (kernels.py). On float32 at alpha = 2 the bound is that of rounding.
@@ -35,12 +36,6 @@ MAX_STEPS = 16
 MAX_ROW_STEPS = 64
 
 _DTYPES = tuple(TARGET)
-
-# The arguments of a call that the check of its keys takes.
-_OF_KEYS = (
-    *("SEQLENS_K", "stride_kb", "stride_kh", "stride_kn"),
-    *("seqlen_k", "HEAD_DIM", "BLOCK_D", "HAS_SEQLENS_K"),
-)
 
 
 def _is_interpreted() -> bool:
@@ -191,9 +186,12 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 
 
 def _launch(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> None:
-    """Run a kernel; Triton binds and specialises the arguments of each variant once, which takes it 50 us."""
+    """Run a kernel on those of the arguments that it has.
+
+    Triton binds and specialises the arguments of each variant once, which takes it 50 us.
+    """
     if _is_interpreted():
-        kernel[(programs,)](**arguments)
+        kernel[(programs,)](**{name: arguments[name] for name in kernel.arg_names})
         return
     names, constants, others = _places(kernel)
     values = [arguments[name] for name in names]
@@ -201,7 +199,7 @@ def _launch(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> Non
     key = (kernel, launch, torch.cuda.current_device(), *(values[i] for i in constants), *kinds)
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = kernel[(programs,)](**arguments, **launch.options)
+        _compiled[key] = kernel[(programs,)](*values, **launch.options)
     else:
         compiled[(programs, 1, 1)](*values)
 
@@ -296,7 +294,7 @@ class TritonBackend:
             n_chunks=n_chunks,
             BLOCK=KEYS_PER_CHECK,
             VEC=arguments["VEC_K"],
-            **{name: arguments[name] for name in _OF_KEYS},
+            **arguments,
         )
         lists = call.list_like(programs, call.n_blocks)
         # A program of the output kernel has words of its own; the kernels before it take the first of its tile.
@@ -362,11 +360,10 @@ class TritonBackend:
         n_row_tiles = -(-fold * request.seqlen_q // block_m)
         units = request.batch * n_units * n_row_tiles
         products = -(-request.seqlen_k // decode.KEYS.value)
-        n_splits = min(
-            decode.MAX_SPLITS.value,
-            -(-SPLITS_PER_UNIT * _multiprocessors(call.q.device) // units),
-            -(-request.seqlen_k // KEYS_PER_SPLIT),
-        )
+        least, most = KEYS_PER_SPLIT
+        wanted = -(-SPLITS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // units)
+        wanted = max(min(wanted, -(-request.seqlen_k // least)), -(-request.seqlen_k // most))
+        n_splits = min(wanted, decode.MAX_SPLITS.value)
         split = -(-products // n_splits)
         n_splits = -(-products // split)
         rows, device = (units * n_splits, block_m), call.q.device
@@ -385,13 +382,11 @@ class TritonBackend:
             "ALPHA": call.alpha_class,
             "BLOCK_M": block_m,
         }
-        _launch(
-            decode.entmax_attn_decode_scan, units * n_splits, launch, Q=call.q, K=call.k, products=split, **shared
-        )
+        _launch(decode.entmax_attn_decode_scan, units * n_splits, launch, Q=call.q, K=call.k, products=split, **shared)
         _launch(
             decode.entmax_attn_decode_output,
             request.batch * request.heads_q * request.seqlen_q,
-            Launch(8, 1),
+            Launch(8, 1, 128),
             V=call.v,
             OUT=out,
             TAU=tau,

@@ -94,10 +94,12 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
         return Config(32, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
     if row <= 128:
         return Config(
-            128, 64, 2, 16, 2, 2, Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 4), Launch(8, 3, 128), Launch(4, 3)
+            128, 64, 2, 16, 2, 2, Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 4), Launch(8, 3, 128), Launch(4, 4)
         )
     if row <= 256:
-        return Config(128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 2))
+        return Config(
+            128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 4)
+        )
     if shared_memory >= 200_000:
         return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 2)] * 4)
     return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 1)] * 4)
@@ -113,5 +115,5 @@ def decode_launch(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[Launch 
     """
     row = padded(head_dim) * dtype.itemsize
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    stages = {128: 4, 256: 2}.get(max(row, 128))
-    return None if stages is None else Launch(8 if block_m == 64 else 4, stages), block_m
+    warps, registers = (8, None) if block_m == 64 else (4, 168)
+    return Launch(warps, 4 if row <= 128 else 2, registers) if row <= 256 else None, block_m

@@ -3,7 +3,8 @@
 Here memory is what takes time, so k is read once and v only where there is weight. The keys of a head are split over
 programs. Each forms the scores of its keys, raises a lower bound of tau on the way, and appends what is above it: z and
 the key, CAPACITY of them at most. A program per row then finds tau of what was found, and gathers the rows of v in the
-support. Where the capacity was not enough, FLAGS says so for all heads that share these keys, and the kernels of kernels.py do them instead.
+support. Where the capacity was not enough, FLAGS says so for all heads that share these keys, and the kernels of
+kernels.py do them instead.
 
 The queries of all heads that share keys are rows of one *unit*.
 """
@@ -13,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .kernels import INTEGERS as _INTEGERS
 from .kernels import (
-    INTEGERS,
     _exponent,
     _insert,
     _keys_seen,
@@ -33,7 +34,7 @@ MAX_SPLITS = tl.constexpr(32)
 KEYS = tl.constexpr(128)  # of a product
 BOUND_EVERY = tl.constexpr(4)  # products after which the bound is raised
 
-_INTEGERS = [*INTEGERS, "fold", "n_units", "n_row_tiles", "n_splits", "products"]
+INTEGERS = [*_INTEGERS, "fold", "n_units", "n_row_tiles", "n_splits", "products"]
 
 
 @triton.jit
@@ -42,7 +43,7 @@ def _by_warp_and_thread(b_x):
     return tl.max(tl.max(tl.reshape(b_x, [b_x.shape[0], KEYS // 32, 4, 4, 2]), 4), 1)
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def entmax_attn_decode_scan(
     Q,
     K,
@@ -146,7 +147,7 @@ def entmax_attn_decode_scan(
     tl.store(COUNTS + o_counts, tl.where(is_bad, -1, b_count))
 
 
-@triton.jit(do_not_specialize=_INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS)
 def entmax_attn_decode_output(
     V,
     OUT,
@@ -190,7 +191,7 @@ def entmax_attn_decode_output(
     place = i_tile * n_splits * BLOCK_M + i_row % BLOCK_M
     Z += place * CAPACITY
     FOUND += place * CAPACITY
-    step = i_b * 0 + BLOCK_M * CAPACITY
+    STEP: tl.constexpr = BLOCK_M * CAPACITY
 
     o_splits = tl.arange(0, MAX_SPLITS)
     b_counts = tl.load(COUNTS + place + o_splits * BLOCK_M, mask=o_splits < n_splits, other=0)
@@ -200,9 +201,8 @@ def entmax_attn_decode_output(
     o_split = o_found // CAPACITY
     b_found = tl.load(COUNTS + place + o_split * BLOCK_M, mask=o_split < n_splits, other=0)
     is_found = o_found % CAPACITY < b_found
-    o_places = o_split * step + o_found % CAPACITY
+    o_places = o_split * STEP + o_found % CAPACITY
     b_z = tl.load(Z + o_places, mask=is_found, other=float("-inf"))
-    b_keys = tl.load(FOUND + o_places, mask=is_found, other=0)
     top = tl.max(b_z, 0)
     has_keys = tl.max(b_counts, 0) > 0
     # A query or a key that is not finite gives scores that are not.
@@ -221,8 +221,9 @@ def entmax_attn_decode_output(
 
     b_p, _b_w = _powers(tl.maximum(b_z - tau, 0.0), r, ALPHA)
     b_kept = (b_p > 0).to(tl.int32)
+    b_keys = tl.load(FOUND + o_places, mask=b_kept > 0, other=0)
     b_place = tl.cumsum(b_kept, 0) - 1
-    b_place = (b_place // CAPACITY) * step + b_place % CAPACITY
+    b_place = (b_place // CAPACITY) * STEP + b_place % CAPACITY
     # All has been read: the support takes its place.
     tl.debug_barrier()
     tl.store(Z + b_place, b_p, mask=b_kept > 0)
@@ -234,7 +235,7 @@ def entmax_attn_decode_output(
     for first in range(0, count, ROWS_V):
         o_kept = first + tl.arange(0, ROWS_V)
         is_kept = o_kept < count
-        o_kept = (o_kept // CAPACITY) * step + o_kept % CAPACITY
+        o_kept = (o_kept // CAPACITY) * STEP + o_kept % CAPACITY
         b_weight = tl.load(Z + o_kept, mask=is_kept, other=0.0)
         b_key = tl.load(FOUND + o_kept, mask=is_kept, other=0)
         is_v = is_kept[:, None] & (o_dv[None, :] < HEAD_DIM_V)

@@ -1306,7 +1306,7 @@ def entmax_attn_bwd_dkv(
     b_v = _load_tile(V, j * BLOCK_N, 0, end_key, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for i_g in range(0, group):
+    for i_g in range(group):
         i_hq = i_h * group + i_g
         i_bhq = i_b * heads_kv * group + i_hq
         exponent = _exponent(ALPHA_HEADS, alpha, i_hq, PER_HEAD)
