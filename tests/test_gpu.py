@@ -54,3 +54,21 @@ def test_another_stream(target):
         out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend=target.name)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+def test_a_device_that_is_not_the_current_one(target):
+    """What is asked of another device runs there, with the same bits."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device only")
+    inputs = made(target, "topics", 300)
+
+    def results(device):
+        q, k, v, dout = (t.detach().to(device) for t in inputs)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out = adasplash2.attention(*leaves, is_causal=True, backend=target.name)
+        return [out, *torch.autograd.grad(out, leaves, dout)]
+
+    assert torch.cuda.current_device() == 0
+    for first, second in zip(results("cuda:0"), results("cuda:1"), strict=True):
+        assert second.device.index == 1
+        assert torch.equal(first, second.to("cuda:0"))
