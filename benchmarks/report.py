@@ -60,6 +60,16 @@ DASHED = (0, (4, 3))
 TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold", "color": INK}
 
 
+# Stage: how the name of its kernel ends, and how many products of its blocks it cannot do without.
+STAGES = {
+    "scan": ("_fwd_scan", 1),
+    "refine": ("_fwd_refine", 0),
+    "output": ("_fwd_output", 4),
+    "dq": ("_bwd_dq", 3),
+    "dkv": ("_bwd_dkv", 4),
+}
+
+
 @dataclass(frozen=True)
 class Results:
     """One results file."""
@@ -611,6 +621,58 @@ def _training_sections(path: Path) -> Iterator[str]:
         yield f"torch's softmax attention was {' and '.join(f'`{operator}`' for operator in sorted(operators))}."
 
 
+def kernels(folder: Path) -> str:
+    """What kernels.py found on each machine; nothing without its results."""
+    return "\n\n".join(part for path in _newest(folder, "-kernels", "decoding") for part in _kernel_sections(path))
+
+
+def _kernel_sections(path: Path) -> Iterator[str]:
+    results = json.loads(path.read_text())
+    yield f"### Kernels on {_device(results['stamp'])}"
+    yield (
+        f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
+        "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over the live blocks "
+        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which nobody counts; "
+        "in cupy it is part of output. The last column is forward + backward in units of FlashAttention-2's time in "
+        "the same run: less is better."
+    )
+    lines = []
+    for case in results["cases"]:
+        peer = next((row["total"] for row in case["rows"] if row["provider"] == "fa2" and "total" in row), None)
+        pairs = case["heads"] * case["batch"] * case["seqlen"] * (case["seqlen"] + 1) / 2
+        for row in case["rows"]:
+            if "total" not in row:
+                continue
+            about = f"{case['head_dim']}, {case['seqlen']}, {_share(case['support']['blocks'])}"
+            own = [_kernel_time(row["kernels"], stage, pairs, case) for stage in STAGES]
+            ratio = "" if peer is None else _ratio(row["total"] / peer)
+            lines.append([about, row["label"], *own, _digits(row["total"]), ratio])
+    yield markdown_table(
+        ["head_dim, keys, live blocks", "", *(f"{stage}, us" for stage in STAGES), "all, us", "of FA2"], lines
+    )
+    lines = []
+    for case in results["decoding"]:
+        peer = next((row["total"] for row in case["rows"] if row["provider"] == "fa2" and "total" in row), None)
+        batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim = case["shape"]
+        for row in case["rows"]:
+            if "total" in row:
+                shape = f"{batch}, {heads_q}:{heads_kv}, {seqlen_q} x {seqlen_k}, {head_dim}"
+                ratio = "" if peer is None else _ratio(row["total"] / peer)
+                lines.append([shape, row["label"], _digits(row["total"]), ratio])
+    yield "Decoding, independent scores, no mask, forward alone:"
+    yield markdown_table(["batch, heads q:kv, queries x keys, head_dim", "", "us", "of FA2"], lines)
+
+
+def _kernel_time(times: Mapping[str, float], stage: str, pairs: float, case: Row) -> str:
+    ending, products = STAGES[stage]
+    found = [time for name, time in times.items() if name.endswith(ending)]
+    if not found:
+        return ""
+    share = 1 if stage == "scan" else case["support"]["blocks"]
+    rate = 2e-6 * case["head_dim"] * pairs * share * products / found[0]
+    return _digits(found[0]) + (f" ({rate:.0f})" if products else "")
+
+
 def fill(page: Path, parts: Mapping[str, str]) -> None:
     """Replace what stands between the markers ``NAME:begin`` and ``NAME:end`` of a page; unnamed parts stay.
 
@@ -666,6 +728,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     ),
                     "goals": "\n\n".join(filter(None, map(_goals_table, found))),
                     "training": training(ROOT / "benchmarks" / "results"),
+                    "kernels": kernels(ROOT / "benchmarks" / "results"),
                 },
             )
             print(f"written: {page}")

@@ -20,10 +20,12 @@ sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 import cases
 import gate
 import initialisation
+import kernels
 import measure
 import report
 import run
 from providers import Provider, Ready
+from stamp import stamp
 
 CPU = torch.device("cpu")
 TINY = cases.Case("iid", 64, heads=2)
@@ -269,3 +271,39 @@ def test_training_is_reported(training_file: Path, tmp_path: Path) -> None:
     assert f"{speed:.2f}" in text
     assert "`aten::_scaled_dot_product" in text
     assert report.training(tmp_path) == ""
+
+
+def test_kernels_are_reported(tmp_path: Path) -> None:
+    (case,) = cases.find(["topics-8192-d64-causal-b1h16-bf16-cuda"], device="cuda")
+    times = {"entmax_attn_fwd_scan": 200.0, "entmax_attn_bwd_dq": 100.0}
+    rows = [
+        {"provider": "triton", "label": "ours", "kernels": times, "total": 300.0},
+        {"provider": "fa2", "label": "theirs", "kernels": {"flash_fwd_kernel": 600.0}, "total": 600.0},
+        {"provider": "cudnn", "label": "nobody", "reason": "RuntimeError: none"},
+    ]
+    found = {
+        "stamp": stamp(CPU) | {"device": "A GPU"},
+        "cases": [case.describe() | {"support": {"blocks": 0.25}, "rows": rows}],
+        "decoding": [{"shape": [8, 16, 4, 1, 65536, 128], "rows": rows}],
+    }
+    (tmp_path / "a-gpu-2026-01-01-kernels.json").write_text(json.dumps(found))
+    text = report.kernels(tmp_path)
+    pairs = 16 * 8192 * 8193 / 2
+    scan, dq = 2 * 64 * pairs / 200e-6 / 1e12, 0.25 * 3 * 2 * 64 * pairs / 100e-6 / 1e12
+    assert f"| 64, 8192, 25% | ours | 200 ({scan:.0f}) |  |  | 100 ({dq:.0f}) |  | 300 | 0.50 |" in text
+    assert "| 8, 16:4, 1 x 65536, 128 | ours | 300 | 0.50 |" in text
+    assert "nobody" not in text
+    assert report.kernels(tmp_path / "nothing") == ""
+
+
+@pytest.mark.parametrize(
+    ("signature", "name"),
+    [
+        ("entmax_attn_fwd_scan", "entmax_attn_fwd_scan"),
+        ("void entmax_attn_fwd_output<bf16, 64, (int)1>(Params)", "entmax_attn_fwd_output"),
+        ("void pytorch_flash::flash_fwd_kernel<Traits<64> >(Params)", "flash_fwd_kernel"),
+        ("Memset (Device)", "Memset"),
+    ],
+)
+def test_kernel_names(signature: str, name: str) -> None:
+    assert kernels.kernel_name(signature) == name
