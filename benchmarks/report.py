@@ -631,8 +631,8 @@ def _kernel_sections(path: Path) -> Iterator[str]:
     yield f"### Kernels on {_device(results['stamp'])}"
     yield (
         f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
-        "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over the live blocks "
-        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which nobody counts; "
+        "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over live blocks "
+        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which are not counted; "
         "in cupy it is part of output. The last column is forward + backward in units of FlashAttention-2's time in "
         "the same run: less is better."
     )
