@@ -137,7 +137,14 @@ _BLACKWELL_64 = Config(
 )
 _HALF_OF_ONE = {
     ((9, 0), 64): Config(
-        64, 64, 128, 64, Launch(8, 128, 3, 2, True), Launch(8, 64, 4, 1, True), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)
+        64,
+        64,
+        128,
+        64,
+        Launch(8, 128, 3, 2, True),
+        Launch(8, 64, 4, 1, True),
+        Launch(8, 64, 3, 2, True),
+        Launch(4, 32, 2, 3),
     ),
     ((9, 0), 128): Config(
         128,
@@ -146,7 +153,7 @@ _HALF_OF_ONE = {
         64,
         Launch(8, 64, 4, 2, True),
         Launch(8, 64, 4, 1, True),
-        Launch(8, 32, 2, 1),
+        Launch(8, 64, 3, 1, True),
         Launch(4, 32, 2, 1),
     ),
     ((9, 0), 256): Config(

@@ -1,10 +1,10 @@
 // dq and dkv over the blocks that hold support, and the support itself.
 #include "products.cuh"
 
-// delta = dout . out1 per row, dq, and with DALPHA the gradient of alpha per row.
+// delta = dout . out1 per row, dq, and with DALPHA the gradient of alpha per row, whose sums need more registers.
 template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
-          int PROGRAMS>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const Params params) {
+          int PROGRAMS, bool WGMMA>
+__global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) entmax_attn_bwd_dq(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
   constexpr int N = KEYS / 8;
@@ -59,12 +59,51 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const
     w_sum[i] = phi_sum[i] = y_sum[i] = b_dp[i] = a_dp[i] = 0;
   }
 
+  // u from the scores of KEYS keys, in their place.
+  auto shift = [&](float(&s)[M][N][4], int j, int first) {
+    if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
+#pragma unroll
+    for (int row = 0; row < R; row++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& u = s[row / 2][n][row % 2 * 2 + e];
+          u = fmaxf(u * c - tau[row], 0.0f);
+        }
+  };
+  // ds from dp, in its place.
+  auto differentiate = [&](float(&ds)[M][N][4], const float(&s)[M][N][4]) {
+#pragma unroll
+    for (int row = 0; row < R; row++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& dp = ds[row / 2][n][row % 2 * 2 + e];
+          const float u = s[row / 2][n][row % 2 * 2 + e];
+          float p, w;
+          powers<ALPHA>(u, r, p, w);
+          if constexpr (DALPHA) {
+            if (u > 0) {
+              const float y = fmaxf(-0.69314718f * log2f(u), 0.0f);
+              const float a = p * surprise(y);
+              w_sum[row] += w;
+              phi_sum[row] += a;
+              y_sum[row] += p * y;
+              b_dp[row] += p * (1 + y) * dp;
+              a_dp[row] += a * dp;
+            }
+          }
+          dp = w * (dp - delta[row]);
+        }
+  };
   float dq[M][ND][4];
   clear(dq);
   for_listed<WARPS>(
       (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return live[j] != 0; },
       [&](int count) {
-        pipeline<STAGES>(
+        pipeline<STAGES, WGMMA>(
             count,
             [&](int i, int stage) {
               load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
@@ -78,37 +117,28 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dq(const
 #pragma unroll 1
               for (int first = 0; first < BLOCK_N; first += KEYS) {
                 const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
+                const T* values = v_tiles + (stage * BLOCK_N + first) * D;
                 float s[M][N][4], ds[M][N][4];
-                clear(s);
-                clear(ds);
-                scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-                scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, v_tiles + (stage * BLOCK_N + first) * D);
-                if (j >= n_whole)
-                  mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
-#pragma unroll
-                for (int row = 0; row < R; row++)
-#pragma unroll
-                  for (int n = 0; n < N; n++)
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                      float& dp = ds[row / 2][n][row % 2 * 2 + e];
-                      const float u = fmaxf(s[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
-                      float p, w;
-                      powers<ALPHA>(u, r, p, w);
-                      if constexpr (DALPHA) {
-                        if (u > 0) {
-                          const float y = fmaxf(-0.69314718f * log2f(u), 0.0f);
-                          const float a = p * surprise(y);
-                          w_sum[row] += w;
-                          phi_sum[row] += a;
-                          y_sum[row] += p * y;
-                          b_dp[row] += p * (1 + y) * dp;
-                          a_dp[row] += a * dp;
-                        }
-                      }
-                      dp = w * (dp - delta[row]);
-                    }
-                accumulate<T>(dq, ds, keys, staging);
+                if constexpr (WGMMA) {
+                  begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
+                  begin_scores<T, D, N>(ds, dout_tile, warpgroup_row(), values);
+                  finish<1>(s);
+                  shift(s, j, first);
+                  finish<0>(ds);
+                  differentiate(ds, s);
+                  Packed<T, N> packed;
+                  pack(packed, ds);
+                  begin_accumulate(dq, packed, keys);
+                  finish<0>(dq);
+                } else {
+                  clear(s);
+                  clear(ds);
+                  scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+                  scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, values);
+                  shift(s, j, first);
+                  differentiate(ds, s);
+                  accumulate<T>(dq, ds, keys, staging);
+                }
               }
             });
       });

@@ -284,6 +284,37 @@ __device__ __forceinline__ void accumulate_both(float (&out)[M][NV][4], float (&
   }
 }
 
+// ---- the same by wgmma, under way on return
+
+// Results as left operands.
+template <class T, int N>
+struct Packed {
+  unsigned r[N / 2][1][4];
+};
+
+template <class T, int N>
+__device__ __forceinline__ void pack(Packed<T, N>& packed, const float (&p)[1][N][4]) {
+#pragma unroll
+  for (int step = 0; step < N / 2; step++) pack_fragments<T>(packed.r[step], p, step);
+}
+
+// Rows 16 step to 16 step + 15 of 64 columns from chunk n on, read by columns.
+template <class T, int D>
+__device__ __forceinline__ unsigned long long columns_operand(const T* tile, int step, int n) {
+  return wgmma_operand(tile + place_of<T, D>(16 * step, n), TILE_BYTES<T, D, 8>);
+}
+
+template <class T, int N, int NV>
+__device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const Packed<T, N>& p, const T* b) {
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < N / 2; step++)
+#pragma unroll
+    for (int n = 0; n < NV; n += 8)
+      wgmma_columns<T>(eight_tiles(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
+  wgmma_commit();
+}
+
 // p and w as left operands, w in two halves.
 template <class T, int N>
 struct Weights {
@@ -301,7 +332,6 @@ __device__ __forceinline__ void pack_weights(Weights<T, N>& weights, const float
   }
 }
 
-// The same by wgmma, under way on return.
 template <class T, int N, int NV>
 __device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], float (&out1)[1][NV][4],
                                                       const Weights<T, N>& weights, const T* v) {
@@ -310,8 +340,7 @@ __device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], fl
   for (int step = 0; step < N / 2; step++)
 #pragma unroll
     for (int n = 0; n < NV; n += 8) {
-      const T* columns = v + place_of<T, 8 * NV>(16 * step, n);
-      const unsigned long long operand = wgmma_operand(columns, TILE_BYTES<T, 8 * NV, 8>);
+      const unsigned long long operand = columns_operand<T, 8 * NV>(v, step, n);
       wgmma_columns<T>(eight_tiles(out, n), weights.p[step][0], operand, true);
       wgmma_columns<T>(eight_tiles(out1, n), weights.high[step][0], operand, true);
       wgmma_columns<T>(eight_tiles(out1, n), weights.low[step][0], operand, true);
