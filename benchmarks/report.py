@@ -60,6 +60,9 @@ DASHED = (0, (4, 3))
 TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": "bold", "color": INK}
 
 
+# Of the 80% and the 20% quantile of a ratio on a GPU, from where on it is left out.
+DISTURBED = 1.5
+
 # Stage: how the name of its kernel ends, and how many products of its blocks it cannot do without.
 STAGES = {
     "scan": ("_fwd_scan", 1),
@@ -77,7 +80,7 @@ class Results:
     path: Path
     stamp: dict[str, Any]
     cases: list[Row]
-    rows: dict[tuple[str, str, str], Row]  # (case, provider, mode), timed ones alone
+    rows: dict[tuple[str, str, str], Row]  # (case, provider, mode), those timed, and on a GPU without disturbance
     initialisations: list[Row]
     first_calls: dict[str, dict[str, float]]
 
@@ -85,7 +88,8 @@ class Results:
     def load(cls, path: Path) -> Results:
         """Read a file that run.py wrote."""
         content = json.loads(path.read_text())
-        timed = [row for row in content["rows"] if row["status"] == "timed"]
+        is_gpu = content["stamp"]["device"] != "cpu"
+        timed = [row for row in content["rows"] if row["status"] == "timed" and not (is_gpu and _is_disturbed(row))]
         return cls(
             path,
             content["stamp"],
@@ -109,6 +113,12 @@ class Results:
         """The row that the package's ratio is against."""
         ours = self.ours(case, mode)
         return self.rows.get((case["name"], ours["against"], mode)) if ours and "against" in ours else None
+
+
+def _is_disturbed(row: Row) -> bool:
+    """Whether the rounds disagree so much that their median says little."""
+    _, low, high = row.get("speedup", (1, 1, 1))
+    return bool(high > DISTURBED * low)
 
 
 def markdown_table(header: Sequence[str], lines: Iterable[Sequence[str]], align: str = "---:") -> str:
@@ -323,8 +333,8 @@ def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
         f"Measured on {_machine(results.stamp)}. Batch 1, causal and bfloat16 unless said. Times are those of a call "
         "through the public API with a cold L2 cache, host time included, in units of FlashAttention-2's in the same "
         "run: less is better. `blocks` is the share of the visible 128 x 64 blocks that hold a weight. Medians of "
-        "interleaved rounds, 20% to 80% in brackets; where nothing stands, the correctness gate refused the result, or "
-        "nothing was timed."
+        "interleaved rounds, 20% to 80% in brackets; where nothing stands, the correctness gate refused the result, "
+        f"nothing was timed, or the host was so busy that the two differ by more than a factor of {DISTURBED}."
     )
     yield _gpu_table(results)
     yield from (f"![{name}]({image})" for name, image in images.items())
@@ -659,8 +669,9 @@ def _kernel_sections(path: Path) -> Iterator[str]:
                 shape = f"{batch}, {heads_q}:{heads_kv}, {seqlen_q} x {seqlen_k}, {head_dim}"
                 ratio = "" if peer is None else _ratio(row["total"] / peer)
                 lines.append([shape, row["label"], _digits(row["total"]), ratio])
-    yield "Decoding, independent scores, no mask, forward alone:"
-    yield markdown_table(["batch, heads q:kv, queries x keys, head_dim", "", "us", "of FA2"], lines)
+    if lines:
+        yield "Decoding, independent scores, no mask, forward alone:"
+        yield markdown_table(["batch, heads q:kv, queries x keys, head_dim", "", "us", "of FA2"], lines)
 
 
 def _kernel_time(times: Mapping[str, float], stage: str, pairs: float, case: Row) -> str:

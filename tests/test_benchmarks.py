@@ -307,3 +307,16 @@ def test_kernels_are_reported(tmp_path: Path) -> None:
 )
 def test_kernel_names(signature: str, name: str) -> None:
     assert kernels.kernel_name(signature) == name
+
+
+def test_disturbed_rounds_of_a_gpu_are_left_out(results_file: Path, tmp_path: Path) -> None:
+    found = json.loads(results_file.read_text())
+    found["rows"][0]["speedup"] = [2.0, 1.0, 1.6]
+    name = found["rows"][0]["provider"]
+    path = tmp_path / "a.json"
+    for device, is_left_out in (("cpu", False), ("A GPU", True)):
+        found["stamp"]["device"] = device
+        path.write_text(json.dumps(found))
+        names = {provider for _, provider, _ in report.Results.load(path).rows}
+        assert (name not in names) == is_left_out
+        assert names

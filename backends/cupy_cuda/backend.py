@@ -270,11 +270,11 @@ class CupyBackend:
         self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record)
 
     def _launch_stage(self, call: _Call, stage: str, name: str, programs: int, record: np.void, *values: Any) -> None:
-        """A kernel by one of the configuration's ``Launch``; ``values`` are the template's arguments before the sizes."""
+        """A kernel by one of the configuration's ``Launch``; ``values`` are its template's first."""
         config = call.config
         launch: Launch = getattr(config, stage)
         sizes = (config.block_m, config.block_n, launch.columns, launch.warps, launch.stages, launch.programs)
-        units = (launch.wgmma,) if name not in ("entmax_attn_bwd_dkv", "entmax_attn_support") else ()
+        units = () if name == "entmax_attn_support" else (launch.wgmma,)
         self._launch(
             _of(name, call.dtype, config.head, *values, *sizes, *units),
             programs,

@@ -118,12 +118,12 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
 # The first that fits is taken.
 _HALF = {
     64: [
-        Config(64, 64, 128, 64, Launch(4, 64, 3, 3), Launch(8, 16, 2, 2), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)),
+        Config(64, 64, 128, 64, Launch(4, 64, 3, 3), Launch(8, 16, 2, 2), Launch(8, 16, 2, 2), Launch(4, 32, 2, 2)),
         Config(64, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
     ],
     128: [
-        Config(128, 128, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 32, 2, 1), Launch(4, 32, 2, 1)),
-        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
+        Config(128, 128, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 32, 2, 1), Launch(4, 16, 2, 1)),
+        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 16, 2, 1)),
         Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 16, 1, 1), Launch(4, 32, 1, 1), Launch(2, 16, 1, 1)),
     ],
     256: [
@@ -133,7 +133,7 @@ _HALF = {
 }
 # Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
 _BLACKWELL_64 = Config(
-    64, 64, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 16, 2, 2), Launch(4, 32, 2, 3)
+    64, 64, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 16, 2, 1), Launch(4, 32, 2, 2)
 )
 _HALF_OF_ONE = {
     ((9, 0), 64): Config(
@@ -144,7 +144,7 @@ _HALF_OF_ONE = {
         Launch(8, 128, 3, 2, True),
         Launch(8, 64, 4, 1, True),
         Launch(8, 64, 3, 2, True),
-        Launch(4, 32, 2, 3),
+        Launch(4, 64, 2, 3, True),
     ),
     ((9, 0), 128): Config(
         128,
@@ -154,15 +154,18 @@ _HALF_OF_ONE = {
         Launch(8, 64, 4, 2, True),
         Launch(8, 64, 4, 1, True),
         Launch(8, 64, 3, 1, True),
-        Launch(4, 32, 2, 1),
+        Launch(4, 64, 2, 2, True),
     ),
     ((9, 0), 256): Config(
         256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)
     ),
     ((10, 0), 64): _BLACKWELL_64,
+    ((10, 0), 256): Config(
+        256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 1, 1), Launch(2, 16, 2, 1)
+    ),
     ((12, 0), 64): _BLACKWELL_64,
     ((12, 0), 128): Config(
-        128, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)
+        128, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 16, 2, 1)
     ),
 }
 _FLOAT = {

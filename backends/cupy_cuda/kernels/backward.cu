@@ -167,7 +167,6 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 // One block of keys of one head of keys.
 struct KeyBlock {
   int i_b, i_kv, j;
-  int first_head;  // of its group of query heads, among all
   int group;
   Lengths lengths;
 };
@@ -193,7 +192,8 @@ __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N]
 
 // dk, dv or both, over the tiles of all heads of the group for which the block is live: no atomics, so that the bits are
 // the same each time. Keys are rows here, COLUMNS queries columns.
-template <bool DK, bool DV, class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES>
+template <bool DK, bool DV, class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES,
+          bool WGMMA>
 __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& block, unsigned char* smem) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_N / (16 * WARPS);
@@ -201,6 +201,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   constexpr int ND = D / 8;
   constexpr int PARTS = BLOCK_M / COLUMNS;
   constexpr int PART = COLUMNS * D;
+  static_assert(COLUMNS <= THREADS);
   T* k_tile = reinterpret_cast<T*>(smem);
   T* v_tile = k_tile + BLOCK_N * D;
   T* q_parts = v_tile + BLOCK_N * D;
@@ -211,84 +212,137 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   float* deltas = taus + STAGES * COLUMNS;
   float* staging = deltas + STAGES * COLUMNS + warp_of() * STAGING<M, N>;
 
-  const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, block.i_kv * block.group, params.stride_qh);
-  const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, block.i_kv * block.group, params.stride_oh);
-  const int n_tiles = params.n_tiles;
-  const signed char* live =
-      params.live + static_cast<long long>(block.first_head) * n_tiles * params.n_blocks + block.j;
-
+  const Rows rows = rows_that_see(block.lengths, params.is_causal);
   float dk[DK ? M : 1][DK ? ND : 1][4], dv[DV ? M : 1][DV ? ND : 1][4];
   clear(dk);
   clear(dv);
-  for_listed<WARPS>(
-      block.group * n_tiles, list, scratch,
-      [&](int entry) { return live[static_cast<long long>(entry) * params.n_blocks] != 0; },
-      [&](int count) {
-        pipeline<STAGES>(
-            count * PARTS,
-            [&](int i, int stage) {
-              const int entry = list[i / PARTS], i_g = entry / n_tiles;
-              const int first = entry % n_tiles * BLOCK_M + i % PARTS * COLUMNS;
-              const Rows rows = rows_that_see(block.lengths, params.is_causal);
-              load_tile<T, D, COLUMNS, THREADS>(q_parts + stage * PART, q + i_g * params.stride_qh, first,
-                                                rows.low, rows.high, params.stride_qm, params.head_dim,
-                                                params.aligned_q);
-              load_tile<T, D, COLUMNS, THREADS>(dout_parts + stage * PART, dout + i_g * params.stride_oh, first,
-                                                rows.low, rows.high, params.stride_om, params.head_dim_v,
-                                                params.aligned_o);
-              const long long start = static_cast<long long>(block.first_head + i_g) * params.seqlen_q + first;
-              for (int row = threadIdx.x; row < COLUMNS; row += THREADS) {
-                const bool is_valid = first + row >= rows.low && first + row < rows.high;
-                const long long at = is_valid ? start + row : 0;
-                cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
-                cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
-              }
-            },
-            [&](int i, int stage) {
-              const int entry = list[i / PARTS], i_g = entry / n_tiles;
-              const int first = entry % n_tiles * BLOCK_M + i % PARTS * COLUMNS;
-              const float exponent = exponent_of(params, block.i_kv * block.group + i_g);
-              const float c = exponent * params.scale, r = 1 / exponent;
-              float p[M][N][4], ds[M][N][4];
-              clear(p);
-              scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_parts + stage * PART);
-              if constexpr (DK) {
-                clear(ds);
-                scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_parts + stage * PART);
-              }
-              const bool is_masked =
-                  keys_seen(first, block.lengths, params.is_causal) < (block.j + 1) * BLOCK_N;
+  for (int i_g = 0; i_g < block.group; i_g++) {
+    const int i_h = block.i_kv * block.group + i_g;
+    const int head = block.i_b * params.heads_q + i_h;  // among all
+    const float exponent = exponent_of(params, i_h);
+    const float c = exponent * params.scale, r = 1 / exponent;
+    auto first_of = [&](int i) { return list[i / PARTS] * BLOCK_M + i % PARTS * COLUMNS; };
+    // u from the scores, in their place.
+    auto shift = [&](float(&p)[M][N][4], int i, int stage) {
+      const int first = first_of(i);
 #pragma unroll
-              for (int n = 0; n < N; n++)
+      for (int n = 0; n < N; n++)
 #pragma unroll
-                for (int e = 0; e < 2; e++) {
-                  const int column = column_of(n, e);
-                  const float tau = taus[stage * COLUMNS + column], delta = deltas[stage * COLUMNS + column];
-                  const int seen = is_masked ? keys_seen(first + column, block.lengths, params.is_causal) -
-                                                   block.j * BLOCK_N
-                                             : BLOCK_N;
+        for (int e = 0; e < 2; e++) {
+          const float tau = taus[stage * COLUMNS + column_of(n, e)];
+          // A row without a tau takes all that it sees with it: NaN stays.
 #pragma unroll
-                  for (int row = 0; row < 2 * M; row++) {
-                    float& score = p[row / 2][n][row % 2 * 2 + e];
-                    float& dp = ds[row / 2][n][row % 2 * 2 + e];
-                    const float z = score * c - tau;
-                    // A row without a tau takes all that it sees with it: NaN stays.
-                    const float u = z <= 0 || row_of<M>(row) >= seen ? 0.0f : z;
-                    float w;
-                    powers<ALPHA>(u, r, score, w);
-                    if constexpr (DK) dp = w * (dp - delta);
-                  }
+          for (int row = 0; row < 2 * M; row++) {
+            float& u = p[row / 2][n][row % 2 * 2 + e];
+            u = max_or_nan(u * c - tau, 0.0f);
+          }
+        }
+      if (keys_seen(first, block.lengths, params.is_causal) < (block.j + 1) * BLOCK_N) {
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const int seen =
+                keys_seen(first + column_of(n, e), block.lengths, params.is_causal) - block.j * BLOCK_N;
+#pragma unroll
+            for (int row = 0; row < 2 * M; row++)
+              if (row_of<M>(row) >= seen) p[row / 2][n][row % 2 * 2 + e] = 0;
+          }
+      }
+    };
+    // p from u in its place, and w.
+    auto weigh = [&](float(&p)[M][N][4], float(&w)[M][N][4]) {
+#pragma unroll
+      for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const float u = p[m][n][e];
+            powers<ALPHA>(u, r, p[m][n][e], w[m][n][e]);
+          }
+    };
+    // ds from dp, in its place.
+    auto differentiate = [&](float(&ds)[M][N][4], const float(&w)[M][N][4], int stage) {
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float delta = deltas[stage * COLUMNS + column_of(n, e)];
+#pragma unroll
+          for (int row = 0; row < 2 * M; row++) {
+            float& dp = ds[row / 2][n][row % 2 * 2 + e];
+            dp = w[row / 2][n][row % 2 * 2 + e] * (dp - delta);
+          }
+        }
+    };
+    for_listed<WARPS>(
+        params.n_tiles, list, scratch,
+        [&](int i_m) {
+          const long long tile = static_cast<long long>(head) * params.n_tiles + i_m;
+          return params.live[tile * params.n_blocks + block.j] != 0;
+        },
+        [&](int count) {
+          pipeline<STAGES, WGMMA>(
+              count * PARTS,
+              [&](int i, int stage) {
+                const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
+                const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
+                const int first = first_of(i);
+                load_tile<T, D, COLUMNS, THREADS>(q_parts + stage * PART, q, first, rows.low, rows.high,
+                                                  params.stride_qm, params.head_dim, params.aligned_q);
+                load_tile<T, D, COLUMNS, THREADS>(dout_parts + stage * PART, dout, first, rows.low, rows.high,
+                                                  params.stride_om, params.head_dim_v, params.aligned_o);
+                const long long start = static_cast<long long>(head) * params.seqlen_q + first;
+                if (const int row = threadIdx.x; row < COLUMNS) {
+                  const bool is_valid = first + row >= rows.low && first + row < rows.high;
+                  const long long at = is_valid ? start + row : 0;
+                  cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
+                  cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
                 }
-              if constexpr (DV) accumulate<T>(dv, p, dout_parts + stage * PART, staging);
-              if constexpr (DK) accumulate<T>(dk, ds, q_parts + stage * PART, staging);
-            });
-      });
+              },
+              [&](int i, int stage) {
+                const T* q_part = q_parts + stage * PART;
+                const T* dout_part = dout_parts + stage * PART;
+                float p[M][N][4], w[M][N][4], ds[M][N][4];
+                if constexpr (WGMMA) {
+                  Packed<T, N> packed_p, packed_ds;
+                  begin_scores<T, D, N>(p, k_tile, 0, q_part);
+                  begin_scores<T, D, N>(ds, v_tile, 0, dout_part);
+                  finish<1>(p);
+                  shift(p, i, stage);
+                  weigh(p, w);
+                  pack(packed_p, p);
+                  begin_accumulate(dv, packed_p, dout_part);
+                  finish<1>(ds);
+                  differentiate(ds, w, stage);
+                  pack(packed_ds, ds);
+                  begin_accumulate(dk, packed_ds, q_part);
+                  finish<0>(dv);
+                  finish<0>(dk);
+                } else {
+                  clear(p);
+                  scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_part);
+                  if constexpr (DK) {
+                    clear(ds);
+                    scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_part);
+                  }
+                  shift(p, i, stage);
+                  weigh(p, w);
+                  if constexpr (DK) differentiate(ds, w, stage);
+                  if constexpr (DV) accumulate<T>(dv, p, dout_part, staging);
+                  if constexpr (DK) accumulate<T>(dk, ds, q_part, staging);
+                }
+              });
+        });
+  }
   if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params);
   if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params);
 }
 
 // dk and dv of one block of keys.
-template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES, int PROGRAMS>
+template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES, int PROGRAMS,
+          bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -301,7 +355,6 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   block.i_b = i_bh / params.heads_kv;
   block.i_kv = i_bh % params.heads_kv;
   block.group = params.heads_q / params.heads_kv;
-  block.first_head = block.i_b * params.heads_q + block.i_kv * block.group;
   block.lengths = lengths_of(params, block.i_b);
 
   const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
@@ -315,11 +368,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   __syncthreads();
   apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
   if constexpr (D <= 128) {
-    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
+    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
   } else {
     // Both sums together would not fit into the registers.
-    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
-    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES>(params, block, smem);
+    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
+    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
   }
 }
 

@@ -185,6 +185,17 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (
 #undef ADDS
 #undef ROWS
 
+// The larger one; NaN if one is.
+__device__ __forceinline__ float max_or_nan(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+#else
+  return a <= b ? b : a == a ? a : not_a_number();
+#endif
+}
+
 template <class V>
 __device__ __forceinline__ V shfl_xor(V value, int mask) {
   return __shfl_xor_sync(WHOLE_WARP, value, mask);

@@ -157,6 +157,8 @@ inline void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned lon
     emulator::begin_step({d[0], {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds}, site);
 }
 
+inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }
+
 template <class V>
 inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
     return emulator::shuffled(value, emulator::current->lane ^ mask, "shfl_xor", site);
