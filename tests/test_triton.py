@@ -172,9 +172,7 @@ def test_every_kernel_compiles(
 
 def _constants(launched: list[tuple[Any, Launch, dict[str, Any]]]) -> Iterator[tuple[Any, ...]]:
     for kernel, launch, arguments in launched:
-        constant = (arguments[parameter.name] for parameter in kernel.params if parameter.is_constexpr)
-        kinds = (backend._kind(value) for value in arguments.values())
-        yield kernel, launch, *constant, *kinds
+        yield backend._variant(kernel, launch, [arguments[name] for name in kernel.arg_names])
 
 
 @compiled_only
@@ -198,6 +196,7 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
     for kernel in (getattr(module, name) for module in (kernels, decode) for name in names_of(module)):
         run_time = [parameter for parameter in kernel.params if not parameter.is_constexpr]
         integers = [parameter for parameter in run_time if parameter.name in decode.INTEGERS]
+        assert [parameter.num for parameter in integers] == backend._places(kernel).integers
         assert all(parameter.do_not_specialize for parameter in integers)
         others = {parameter.name for parameter in run_time} - {parameter.name for parameter in integers}
         assert {name for name in others if name.islower()} <= {"alpha", "scale", "target"}

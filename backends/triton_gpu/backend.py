@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -175,11 +175,37 @@ def _precision(t: Tensor) -> str:
     return "tf32" if torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
+class _Places(NamedTuple):
+    """Where the arguments of a kernel stand: what is left are floats."""
+
+    names: list[str]
+    constants: list[int]
+    pointers: list[int]
+    integers: list[int]
+
+
 @functools.cache
-def _places(kernel: Any) -> tuple[list[str], list[int], list[int]]:
-    """Names of the arguments of a kernel, places of its compile-time ones, and of the others."""
-    constants = [i for i, parameter in enumerate(kernel.params) if parameter.is_constexpr]
-    return kernel.arg_names, constants, sorted(set(range(len(kernel.params))) - set(constants))
+def _places(kernel: Any) -> _Places:
+    own = [i for i, parameter in enumerate(kernel.params) if not parameter.is_constexpr]
+    return _Places(
+        kernel.arg_names,
+        [i for i, parameter in enumerate(kernel.params) if parameter.is_constexpr],
+        [i for i in own if kernel.arg_names[i].isupper()],
+        [i for i in own if kernel.params[i].do_not_specialize],
+    )
+
+
+def _variant(kernel: Any, launch: Launch, values: Sequence[Any]) -> tuple[Any, ...]:
+    """What Triton compiles for: constants, dtype and alignment of a tensor, and which integers need 64 bits."""
+    _, constants, pointers, integers = _places(kernel)
+    tensors = [values[i] for i in pointers]
+    return (
+        kernel.fn,
+        launch,
+        *[values[i] for i in constants],
+        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
+        *[i for i in integers if not -(2**31) <= values[i] < 2**31],
+    )
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -193,24 +219,13 @@ def _launch(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> Non
     if _is_interpreted():
         kernel[(programs,)](**{name: arguments[name] for name in kernel.arg_names})
         return
-    names, constants, others = _places(kernel)
-    values = [arguments[name] for name in names]
-    kinds = [_kind(values[i]) for i in others]
-    key = (kernel, launch, torch.cuda.current_device(), *(values[i] for i in constants), *kinds)
+    values = [arguments[name] for name in _places(kernel).names]
+    key = (torch.cuda.current_device(), *_variant(kernel, launch, values))
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[(programs,)](*values, **launch.options)
     else:
         compiled[(programs, 1, 1)](*values)
-
-
-def _kind(value: Any) -> Any:
-    """What Triton compiles for: dtype and alignment of a tensor, width of an integer."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, int):
-        return -(2**31) <= value < 2**31
-    return value is None
 
 
 def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
