@@ -99,7 +99,7 @@ def forward_and_backward(case: Case, chosen: Sequence[Provider]) -> Row:
 def decoding(shape: tuple[int, ...], chosen: Sequence[Provider]) -> Row:
     """Our backends and FlashAttention-2 on a few queries over many keys."""
     batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim = shape
-    options = {"device": "cuda", "dtype": torch.bfloat16, "generator": torch.Generator("cuda").manual_seed(0)}
+    options: Row = {"device": "cuda", "dtype": torch.bfloat16, "generator": torch.Generator("cuda").manual_seed(0)}
     q = torch.randn(batch, heads_q, seqlen_q, head_dim, **options)
     k, v = (torch.randn(batch, heads_kv, seqlen_k, head_dim, **options) for _ in range(2))
 
