@@ -465,13 +465,22 @@ class OnlyScan:
 @pytest.mark.parametrize("head_dim", [64, 100])
 @pytest.mark.parametrize("n_keys", [64, 500])
 def test_scans_agree(emulator: EmulatedLauncher, head_dim: int, n_keys: int) -> None:
-    """Whatever multiplies. The bound of a scan would hide a wrong score, since what follows mends it."""
+    """Whatever multiplies. The bound of a scan would hide a wrong score, since what follows mends it.
+
+    Scores are whole numbers here, with 4 between one z and the next: where the largest stands alone, tau is the largest
+    z less 1, and a scan finds it exactly.
+    """
     request, _ = Case(150, n_keys, head_dim=head_dim, dtype=BF16, is_causal=True).build(CPU)
-    first, second = (
-        CupyBackend(launcher=OnlyScan(emulator), capability=capability).forward(request).tau
-        for capability in ((9, 0), (8, 0))
-    )
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-3, 4, t.shape, generator=generator).to(BF16) for t in (request.q, request.k))
+    request = dataclasses.replace(request, q=q, k=k, scale=8.0)
+    z = (4 * (q.double() @ k.double().mT)).where(torch.ones(150, n_keys).tril(n_keys - 150) > 0, -torch.inf)
+    largest = z.max(-1).values
+    stands_alone = (z == largest[..., None]).sum(-1) == 1
+    assert stands_alone.sum() > 40
+    for capability in ((9, 0), (8, 0)):
+        tau = CupyBackend(launcher=OnlyScan(emulator), capability=capability).forward(request).tau
+        assert torch.equal(tau[stands_alone], (largest - 1).float()[stands_alone])
 
 
 @emulated
