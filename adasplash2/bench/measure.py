@@ -97,18 +97,16 @@ def interleaved(
     times: dict[Key, list[float]] = {key: [] for key in calls}
     order = list(calls)
     deadline = time.perf_counter() + seconds
-    begun: list[dict[Key, Callable[[], float]]] = []
+    begun: dict[Key, Callable[[], float]] = {}
     rounds = 0
     with _no_garbage_collection():
         while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() < deadline):
-            begun.append({key: _begin(calls[key], device) for key in order})
+            before, begun = begun, {key: _begin(calls[key], device) for key in order}
+            # While the device works on this round, the one before is read: the next one finds it busy.
+            _read(before, times)
             order.reverse()
             rounds += 1
-            # While the device works on this round, the one before is read: the next one finds it busy.
-            if len(begun) > 1:
-                _read(begun.pop(0), times)
-        for rest in begun:
-            _read(rest, times)
+        _read(begun, times)
     return times
 
 

@@ -365,11 +365,13 @@ class TritonBackend:
     def _decode(self, call: _Call, arguments: dict[str, Any], out: Tensor, tau: Tensor) -> Tensor | None:
         """Few queries over many keys; the flags of what is left to the other kernels, or None if that is all."""
         request = call.request
+        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY:
+            return None
         heads_kv = request.heads_kv
         # Rows of a program have one alpha.
         fold = 1 if call.alpha_heads is not None else request.heads_q // heads_kv
         launch, block_m = decode_launch(call.q.dtype, request.head_dim, fold * request.seqlen_q)
-        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY or launch is None:
+        if launch is None:
             return None
         n_units = request.heads_q // fold
         n_row_tiles = -(-fold * request.seqlen_q // block_m)
