@@ -201,6 +201,12 @@ __device__ __forceinline__ V shfl_xor(V value, int mask) {
   return __shfl_xor_sync(WHOLE_WARP, value, mask);
 }
 
+// Of lane `lane`.
+template <class V>
+__device__ __forceinline__ V shfl(V value, int lane) {
+  return __shfl_sync(WHOLE_WARP, value, lane);
+}
+
 __device__ __forceinline__ unsigned ballot(bool predicate) { return __ballot_sync(WHOLE_WARP, predicate); }
 
 __device__ __forceinline__ bool any_sync(bool predicate) { return __any_sync(WHOLE_WARP, predicate); }
@@ -208,6 +214,9 @@ __device__ __forceinline__ bool any_sync(bool predicate) { return __any_sync(WHO
 __device__ __forceinline__ void syncwarp() { __syncwarp(); }
 
 __device__ __forceinline__ int popcount(unsigned bits) { return __popc(bits); }
+
+// Its place; -1 if none is set.
+__device__ __forceinline__ int highest_bit(unsigned bits) { return 31 - __clz(static_cast<int>(bits)); }
 
 __device__ __forceinline__ void atomic_or(unsigned* pointer, unsigned bits) { atomicOr(pointer, bits); }
 

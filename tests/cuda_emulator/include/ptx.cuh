@@ -163,11 +163,16 @@ template <class V>
 inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
     return emulator::shuffled(value, emulator::current->lane ^ mask, "shfl_xor", site);
 }
+template <class V>
+inline V shfl(V value, int lane, EMULATOR_SITE) {
+    return emulator::shuffled(value, lane, "shfl", site);
+}
 inline unsigned ballot(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "ballot", site); }
 inline bool any_sync(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "any_sync", site) != 0; }
 inline void syncwarp(EMULATOR_SITE) { emulator::collective(emulator::syncwarp, "syncwarp", nullptr, site); }
 
 inline int popcount(unsigned bits) { return __builtin_popcount(bits); }
+inline int highest_bit(unsigned bits) { return bits ? 31 - __builtin_clz(bits) : -1; }
 
 inline void atomic_or(unsigned* address, unsigned bits, EMULATOR_SITE) {
     emulator::atomic(address, [=](unsigned old) { return old | bits; }, "atomic_or", site);
