@@ -114,7 +114,7 @@ def _pinned_sdpa(kernel: str, case: Case, arguments: tuple[Tensor, ...]) -> Read
     return Ready(forward)
 
 
-def _adasplash(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
+def _adasplash(version: int, case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
     if arguments[0].device.type != "cuda":
         return "runs on CUDA devices alone"
     if case.alpha != 1.5 or not case.is_causal or arguments[0].dtype != torch.bfloat16 or case.gain != 1:
@@ -124,6 +124,8 @@ def _adasplash(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
         import adasplash.adasplash_v2 as peer
     except ImportError as error:
         return f"{error} (pip install adasplash)"
+    if version == 1:
+        return Ready(functools.partial(adasplash.adasplash_v1, alpha=case.alpha, is_causal=case.is_causal))
     # Its full lists take one to three minutes for each head_dim and length, and gain it up to 9 %.
     for tuner in (tuner for tuner in vars(peer).values() if type(tuner).__name__ == "Autotuner"):
         own = [config for config in tuner.configs if config.num_warps == 4 and config.num_stages in (2, 3)]
@@ -132,7 +134,7 @@ def _adasplash(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
 
 
 def _flex(case: Case, arguments: tuple[Tensor, ...]) -> Ready | str:
-    if not case.dense_peers:
+    if not (case.dense_peers or (case.device == "cuda" and case.quick)):
         return DENSE_REASON
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -198,7 +200,8 @@ def providers() -> list[Provider]:
         Provider(
             "cudnn", "cuDNN (softmax)", "attention", "softmax", functools.partial(_pinned_sdpa, "CUDNN_ATTENTION")
         ),
-        Provider("adasplash", "adasplash 0.2.2", "attention", "rough entmax", _adasplash),
+        Provider("adasplash", "adasplash 0.2.2", "attention", "rough entmax", functools.partial(_adasplash, 2)),
+        Provider("adasplash-v1", "adasplash 0.2.2, v1", "attention", "rough entmax", functools.partial(_adasplash, 1)),
         Provider("flex", "flex_attention (softmax)", "attention", "softmax", _flex),
     ]
     for name in ("entmax15", "sparsemax", "entmax_bisect"):

@@ -41,7 +41,14 @@ KINDS = {
     "wide": "iid, std 3.5",
     "drifting": "drifting clusters",
 }
-PEERS = {"cudnn": "cuDNN", "adasplash": "adasplash 0.2.2", "triton": "adasplash2 triton", "cupy": "adasplash2 cupy"}
+PEERS = {
+    "cudnn": "cuDNN",
+    "flex": "flex_attention",
+    "adasplash-v1": "adasplash 0.2.2, v1",
+    "adasplash": "adasplash 0.2.2",
+    "triton": "adasplash2 triton",
+    "cupy": "adasplash2 cupy",
+}
 # head_dim, keys, heads: share of make_inputs("topics") to the goal for forward + backward on an H200, in units of
 # FlashAttention-2's time.
 GOALS = {

@@ -18,6 +18,7 @@ from adasplash2.bench import measure as timing
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
 import cases
+import first_call
 import gate
 import initialisation
 import kernels
@@ -221,6 +222,17 @@ def test_cases_are_found_by_pattern() -> None:
     assert 0 < len(cases.find([], quick=True)) < len(cases.CASES)
     with pytest.raises(ValueError, match="case='nothing\\*': matches none"):
         cases.find(["nothing*"])
+
+
+def test_first_calls_of_a_backend(tmp_path: Path) -> None:
+    path = tmp_path / "first.json"
+    first_call.main(["cpu", "--backend", "reference", "--dtype", "float64", "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert (found["backend"], found["dtype"]) == ("reference", "float64")
+    assert found["first_calls"].keys() == {"cold", "warm"}
+    for seconds in found["first_calls"].values():
+        assert seconds.keys() == {"import", "first", "second"}
+        assert all(value > 0 for value in seconds.values())
 
 
 @pytest.fixture(scope="module")
