@@ -88,6 +88,7 @@ class Results:
     stamp: dict[str, Any]
     cases: list[Row]
     rows: dict[tuple[str, str, str], Row]  # (case, provider, mode), those timed, and on a GPU without disturbance
+    peaks: dict[tuple[str, str, str], int]  # bytes, of all that were timed
     initialisations: list[Row]
     first_calls: dict[str, dict[str, float]]
 
@@ -96,12 +97,17 @@ class Results:
         """Read a file that run.py wrote."""
         content = json.loads(path.read_text())
         is_gpu = content["stamp"]["device"] != "cpu"
-        timed = [row for row in content["rows"] if row["status"] == "timed" and not (is_gpu and _is_disturbed(row))]
+        timed = [row for row in content["rows"] if row["status"] == "timed"]
         return cls(
             path,
             content["stamp"],
             content["cases"],
-            {(row["case"], row["provider"], row["mode"]): row for row in timed},
+            {(row["case"], row["provider"], row["mode"]): row for row in timed if not (is_gpu and _is_disturbed(row))},
+            {
+                (row["case"], row["provider"], row["mode"]): row["peak_bytes"]
+                for row in timed
+                if row["peak_bytes"] is not None
+            },
             content.get("initialisations", []),
             content.get("first_calls", {}),
         )
@@ -291,19 +297,36 @@ def _gpu_table(results: Results) -> str:
 
 
 def _gpu_summary(results: Results) -> str:
-    """The usual inputs at each shape, forward / forward + backward, without the spread."""
+    """The usual inputs at each shape where the package was timed, forward / forward + backward, without the spread."""
     peers = _peers(results)
 
     def cell(case: Row, peer: str) -> str:
         rows = (results.rows.get((case["name"], peer, mode)) for mode in MODES)
         return " / ".join(_ratio(1 / row["speedup"][0]) if row and "speedup" in row else "-" for row in rows)
 
-    lines = (
+    lines = [
         [_describe(case), _share(case["support"]["blocks"]), *(cell(case, peer) for peer in peers)]
+        for case in results.cases
+        if _is_plain_topics(case) and case["share"] == 0.25 and all(results.ours(case, mode) for mode in MODES)
+    ]
+    return markdown_table(["inputs", "blocks", *peers.values()], lines) if lines else ""
+
+
+def _memory_table(results: Results) -> str:
+    """Peak memory of everyone at each shape, forward / forward + backward, in MB."""
+    timed = {provider for _, provider, _ in results.peaks}
+    labels = {name: label for name, label in {"fa2": "FlashAttention-2", **PEERS}.items() if name in timed}
+
+    def cell(case: Row, name: str) -> str:
+        peaks = (results.peaks.get((case["name"], name, mode)) for mode in MODES)
+        return " / ".join("-" if peak is None else f"{peak / 1e6:.0f}" for peak in peaks)
+
+    lines = (
+        [f"{case['head_dim']}, {case['seqlen']}, {case['heads']}", *(cell(case, name) for name in labels)]
         for case in results.cases
         if _is_plain_topics(case) and case["share"] == 0.25
     )
-    return markdown_table(["inputs", "blocks", *peers.values()], lines)
+    return markdown_table(["head_dim, keys, heads", *labels.values()], lines)
 
 
 def _is_plain_topics(case: Row) -> bool:
@@ -345,6 +368,8 @@ def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
     )
     yield _gpu_table(results)
     yield from (f"![{name}]({image})" for name, image in images.items())
+    yield "Peak memory of a call on topics above what was held before, forward / forward + backward, in MB:"
+    yield _memory_table(results)
 
 
 def _sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
@@ -432,11 +457,11 @@ def _joined(found: Sequence[Results], texts: Iterable[str], title: Callable[[Res
     parts = []
     device = ""
     for results, text in zip(found, texts, strict=True):
-        if _device(results.stamp) != device:
+        if text and _device(results.stamp) != device:
             device = _device(results.stamp)
             parts.append(title(results))
         parts.append(text)
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def _style(axes: Axes, title: str) -> None:
@@ -524,7 +549,7 @@ def _sparsity_plot(results: Results, seqlen: int = 2048) -> Figure:
 def _blocks_plot(results: Results) -> Figure:
     """Time on a GPU in units of FlashAttention-2's over the share of blocks that hold a weight, topics alone."""
     figure = Figure(figsize=(10, 3.8), layout="constrained")
-    cases = [case for case in results.cases if case["kind"] == "topics" and case["alpha"] == 1.5 and case["is_causal"]]
+    cases = [case for case in results.cases if _is_plain_topics(case)]
     shapes = sorted({(case["head_dim"], case["seqlen"]) for case in cases})
     if len(shapes) < 2:  # the table says it all
         return figure
@@ -586,11 +611,11 @@ def newest_complete(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path, suffix: str, key: str) -> list[Path]:
-    """Of the files MACHINE-DATE with this suffix that have the key, the last one of each machine."""
-    newest: dict[str, Path] = {}
+    """Of the files MACHINE-DATE with such a suffix that have the key, the last one of each machine and suffix."""
+    newest: dict[tuple[str, str], Path] = {}
     for path in sorted(folder.glob("*.json")):
-        if (found := re.fullmatch(rf"(.+){DATE}{suffix}", path.stem)) and key in json.loads(path.read_text()):
-            newest[found[1]] = path
+        if (found := re.fullmatch(rf"(.+){DATE}({suffix})", path.stem)) and key in json.loads(path.read_text()):
+            newest[found[1], found[2]] = path
     return list(newest.values())
 
 
@@ -693,6 +718,45 @@ def _kernel_time(times: Mapping[str, float], stage: str, pairs: float, case: Row
     return _digits(found[0]) + (f" ({rate:.0f})" if products else "")
 
 
+def host(folder: Path) -> str:
+    """What first_call.py and overhead.py found on each machine; nothing without their results."""
+    return "\n\n".join([*_first_call_sections(folder), *_overhead_sections(folder)])
+
+
+def _first_call_sections(folder: Path) -> Iterator[str]:
+    lines = []
+    for path in _newest(folder, "-first-call(?:-[a-z]+)?", "first_calls"):
+        results = json.loads(path.read_text())
+        cold, warm = (results["first_calls"][state] for state in ("cold", "warm"))
+        seconds = (cold["first"], warm["first"], warm["second"])
+        lines.append([_device(results["stamp"]), results["backend"], results["dtype"], *map(_digits, seconds)])
+    if lines:
+        yield "### First call"
+        yield (
+            "Seconds of forward and backward at 4 heads and 1024 keys in a fresh process that already has torch and "
+            "the device ready, with the compile cache empty or filled."
+        )
+        yield markdown_table(["device", "backend", "dtype", "empty cache", "filled cache", "second call"], lines)
+
+
+def _overhead_sections(folder: Path) -> Iterator[str]:
+    lines = []
+    for path in _newest(folder, "-overhead(?:-[a-z]+)?", "microseconds"):
+        results = json.loads(path.read_text())
+        for mode, spreads in results["microseconds"].items():
+            low, high = (_digits(spreads["overhead"][quantile]) for quantile in ("q20", "q80"))
+            front, alone, overhead = (_digits(spreads[name]["median"]) for name in ("front", "backend", "overhead"))
+            about = [_device(results["stamp"]), results["backend"], mode]
+            lines.append([*about, front, alone, f"{overhead} ({low} to {high})"])
+    if lines:
+        yield "### Host time"
+        yield (
+            "Microseconds of the host in one call on inputs so small that nothing else counts, the device idle "
+            "before it: through the public API, of the backend's functions alone, and the difference."
+        )
+        yield markdown_table(["device", "backend", "", "call", "backend alone", "difference"], lines)
+
+
 def fill(page: Path, parts: Mapping[str, str]) -> None:
     """Replace what stands between the markers ``NAME:begin`` and ``NAME:end`` of a page; unnamed parts stay.
 
@@ -749,6 +813,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "goals": "\n\n".join(filter(None, map(_goals_table, found))),
                     "training": training(ROOT / "benchmarks" / "results"),
                     "kernels": kernels(ROOT / "benchmarks" / "results"),
+                    "host": host(ROOT / "benchmarks" / "results"),
                 },
             )
             print(f"written: {page}")
