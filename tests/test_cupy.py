@@ -22,8 +22,17 @@ from strategies import Case
 
 from adasplash2 import registry
 from adasplash2.backends.cupy_cuda import CupyBackend, backend, launcher
-from adasplash2.backends.cupy_cuda.config import CAPABILITIES, SHARED_MEMORY, configure, head_class, shared_memory
-from adasplash2.contract import AttentionRequest, EntmaxRequest
+from adasplash2.backends.cupy_cuda.config import (
+    CAPABILITIES,
+    ENTRIES,
+    ENTRY_WARPS,
+    SHARED_MEMORY,
+    Config,
+    configure,
+    head_class,
+    shared_memory,
+)
+from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest
 from adasplash2.testing import (
     assert_attention,
     assert_close,
@@ -41,6 +50,7 @@ KERNELS = {
     *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output", "entmax_attn_bwd_dq"),
     *("entmax_attn_bwd_dkv", "entmax_attn_support", "entmax_rows_fwd", "entmax_rows_bwd"),
 }
+ENTRIES_KERNELS = {"entmax_attn_bwd_dq_entries", "entmax_attn_bwd_dkv_entries"}
 
 emulated = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 
@@ -201,6 +211,9 @@ def test_configurations_fit_the_devices() -> None:
             columns = config.block_m if name == "dkv" else config.block_n
             assert (launch.columns % columns if name == "scan" else columns % launch.columns) == 0
             assert dtype == FLOAT or launch.columns % 16 == 0
+        assert not config.entries or (dtype != FLOAT and config.dkv.wgmma)
+        for name in ("dq_entries", "dkv_entries"):
+            assert not config.entries or shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
     # A newer device gets what the nearest older one has.
     assert configure(HALF, 64, (12, 1)) is configure(HALF, 64, (12, 1))
     assert configure(HALF, 64, (9, 9)) == configure(HALF, 64, (9, 0))
@@ -241,16 +254,19 @@ def test_launches_of_a_call() -> None:
     config = configure(BF16, 128, (9, 0))
     assert config is not None
     tiles, blocks = -(-300 // config.block_m), -(-500 // config.block_n)
-    check, scan, output, dq, dkv = recorder.launches
+    check, scan, output, dq, dq_entries, dkv, dkv_entries = recorder.launches
     assert [launch.kernel.partition("<")[0] for launch in recorder.launches] == [
         *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output"),
-        *("entmax_attn_bwd_dq", "entmax_attn_bwd_dkv"),
+        *("entmax_attn_bwd_dq", "entmax_attn_bwd_dq_entries"),
+        *("entmax_attn_bwd_dkv", "entmax_attn_bwd_dkv_entries"),
     ]
     assert check.grid == (2 * 3 * 4, 1, 1)
     assert scan.grid == output.grid == dq.grid == (2 * 6 * tiles, 1, 1)
-    assert dkv.grid == (2 * 3 * blocks, 1, 1)
-    for name, launch in zip(("scan", "output", "dq", "dkv"), recorder.launches[1:], strict=True):
-        assert launch.block == (32 * getattr(config, name).warps, 1, 1)
+    assert dq_entries.grid == dq.grid
+    assert dkv_entries.grid == dkv.grid == (2 * 3 * blocks, 1, 1)
+    names = ("scan", "output", "dq", "dq_entries", "dkv", "dkv_entries")
+    for name, launch in zip(names, recorder.launches[1:], strict=True):
+        assert launch.block == (32 * (ENTRY_WARPS if "entries" in name else getattr(config, name).warps), 1, 1)
         assert launch.shared_bytes == shared_memory(config, name, BF16)
         for tensor in ("q", "k", "v"):
             given = getattr(request, tensor)
@@ -268,6 +284,7 @@ def test_launches_of_a_call() -> None:
     assert (dkv.args["dk"], dkv.args["dv"]) == (grads.dk.data_ptr(), grads.dv.data_ptr())
     assert dq.args["dout"] == dout.data_ptr()
     assert result.saved[1].shape == (2, 6, tiles, blocks)
+    assert dq_entries.args["transposed"] == dkv_entries.args["transposed"] != 0
 
 
 def test_alignment_decides_how_rows_are_read() -> None:
@@ -307,7 +324,7 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing() -> None:
 
 
 def test_every_kernel_is_shipped() -> None:
-    assert {kernel.partition("<")[0] for kernel in shipped((9, 0), (HALF,), (64,), (1.5,))} == KERNELS
+    assert {kernel.partition("<")[0] for kernel in shipped((9, 0), (HALF,), (64,), (1.5,))} == KERNELS | ENTRIES_KERNELS
 
 
 # ---- what compiles
@@ -389,7 +406,10 @@ PARTS: list[tuple[str, torch.dtype, int, Any, str]] = [
 @pytest.mark.parametrize(("name", "dtype", "head", "alpha", "init"), PARTS, ids=str)
 def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, head: int, alpha: Any, init: str) -> None:
     launches = shipped(numbers(name), (dtype,), (head,), (alpha,), (init,))
-    assert {kernel.partition("<")[0] for kernel in launches} == KERNELS
+    config = configure(dtype, head, numbers(name))
+    assert config is not None
+    expected = KERNELS | ENTRIES_KERNELS if config.entries else KERNELS
+    assert {kernel.partition("<")[0] for kernel in launches} == expected
     for launch, report in reported(launches, name):
         assert (report.spills, report.stack) == (0, 0), f"sm_{name}, {launch.kernel}: {report}"
         assert launch.shared_bytes <= SHARED_MEMORY[numbers(name)]
@@ -447,6 +467,10 @@ def test_histogram(emulator: EmulatedLauncher, kind: str) -> None:
     """It is a lower bound as the maxima are, so the results are as good."""
     request, dout = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF).build(CPU)
     assert_attention(CupyBackend("histogram", emulator, (9, 0)), request, dout)
+
+
+def emulator_of(seed: int, **options: Any) -> EmulatedLauncher:
+    return EmulatedLauncher(launcher.KERNELS, seed, **options)
 
 
 class OnlyScan:
@@ -557,6 +581,137 @@ def test_entmax(emulator: EmulatedLauncher, alpha: float) -> None:
     assert (dalpha is None) == (request.alpha_rows is None)
     if dalpha is not None:
         assert_close(dalpha, truth, "dalpha")
+
+
+# ---- entries, backward
+
+
+class ByEntries(CupyBackend):
+    """Makes entry tiles of tiles of its forward pass, by the exact scores and its tau, as entries.cuh has them."""
+
+    def __init__(self, forward: EmulatedLauncher, backward: EmulatedLauncher, every: int = 1) -> None:
+        super().__init__(launcher=forward, capability=(9, 0))
+        self._launchers = forward, backward
+        self._every = every
+
+    def forward(self, request: AttentionRequest) -> AttentionResult:
+        self._launcher = self._launchers[0]
+        result = super().forward(request)
+        config = self.config_of(request)
+        alphas = [request.alpha] * request.heads_q if request.alpha_heads is None else request.alpha_heads.tolist()
+        for at, (b, h, m) in enumerate(np.ndindex(*result.saved[1].shape[:3])):
+            if at % self._every == 0:
+                rows = slice(m * config.block_m, (m + 1) * config.block_m)
+                k = request.k[b, h * request.heads_kv // request.heads_q].double().nan_to_num()
+                z = (alphas[h] - 1) * request.scale * request.q[b, h, rows].double().nan_to_num() @ k.mT
+                u = (z - result.tau[b, h, rows, None]).where(visible(request, b)[rows], -torch.inf)
+                list_entries(u.numpy(), result.saved[0][b, h, rows], result.saved[1][b, h, m], config)
+        return result
+
+    def backward(self, *args: Any) -> AttentionGrads:
+        self._launcher = self._launchers[1]
+        return super().backward(*args)
+
+
+def visible(request: AttentionRequest, b: int) -> torch.Tensor:
+    """(seqlen_q, seqlen_k): whether a query sees a key."""
+    padded = (request.seqlen_q, request.seqlen_k)
+    length_q, length_k = (
+        size if lengths is None else int(lengths[b])
+        for size, lengths in zip(padded, (request.seqlens_q, request.seqlens_k), strict=True)
+    )
+    i, j = torch.arange(padded[0])[:, None], torch.arange(padded[1])
+    return (i < length_q) & (j < length_k) & ((j - i <= length_k - length_q) | (not request.is_causal))
+
+
+def list_entries(u: np.ndarray[Any, Any], out1: torch.Tensor, live: torch.Tensor, config: Config) -> None:
+    """Of one tile: u by rows and keys, in place of out1, and what live says of it."""
+    rows, keys = np.nonzero(u > 0)
+    words = out1.numel()
+    header = max(config.block_m // 2 + 1, (len(live) + 2) // 2)
+    capacity = min(ENTRIES, 2 * (words - header) // 3)
+    assert 0 < len(keys) <= capacity or not rows.size
+    memory = np.full(words, -1, np.int32)  # NaN
+    starts = np.searchsorted(rows, np.arange(config.block_m + 1)).astype(np.uint16)
+    memory.view(np.uint16)[: len(starts)] = starts
+    memory[header:][: len(keys)] = keys
+    fixed = np.clip(np.rint(u[rows, keys] * 65535), 1, 65535)
+    memory[header + capacity :].view(np.uint16)[: len(keys)] = fixed
+    out1.copy_(torch.from_numpy(memory.view(np.float32)).view(out1.shape))
+    live.zero_()
+    live[0] = 4
+    live[np.unique(keys // config.block_n)] |= 2
+
+
+# Of every tile, or of every second one, with up to 48 entries in a row and 3,000 in a tile.
+ENTRIES_BACKWARD = [
+    (1, Case(200, 300, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+    (2, Case(150, 300, batch=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True, gain=2)),
+    (2, Case(290, 201, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced", gain=0.5)),
+    (2, Case(300, 64, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=2)),
+    (1, Case(70, 300, head_dim=64, head_dim_v=64, dtype=HALF, group=3, alpha=(1.3, 1.5, 1.9), gain=2)),
+    (1, Case(150, 500, head_dim=128, head_dim_v=96, dtype=BF16, gain=0.7, is_causal=True)),
+    (2, Case(290, 230, head_dim=80, head_dim_v=37, dtype=BF16, gain=1.5)),
+    (1, Case(200, 150, 64, 64, 3, dtype=HALF, is_causal=True, seqlens_q=(170, 0, 60), seqlens_k=(150, 90, 0))),
+    (1, Case(5, 16500, head_dim=40, head_dim_v=128, dtype=BF16, gain=1.5)),
+]
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(("every", "case"), ENTRIES_BACKWARD, ids=[str(i) for i in range(len(ENTRIES_BACKWARD))])
+def test_backward_by_entries(emulator: EmulatedLauncher, every: int, case: Case) -> None:
+    request, dout = case.build(CPU)
+    assert_attention(ByEntries(emulator, emulator, every), request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_backward_by_entries_at_a_negative_scale(emulator: EmulatedLauncher) -> None:
+    request, dout = Case(140, 60, head_dim=32, dtype=HALF).build(CPU)
+    assert_attention(ByEntries(emulator, emulator, 2), dataclasses.replace(request, scale=-0.5), dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_backward_by_entries_of_a_bad_gradient(emulator: EmulatedLauncher) -> None:
+    """It spoils dq of its row, and dk and dv of the keys that have an entry there."""
+    request, dout = Case(150, 90, heads_kv=2, head_dim=40, head_dim_v=64, dtype=HALF, gain=3).build(CPU)
+    whole = ByEntries(emulator, emulator)
+    clean = run_attention(whole, request, dout)
+    dout[0, 1, 130, 7] = torch.nan
+    results = run_attention(whole, request, dout)
+    assert results["dq"][0, 1, 130].isnan().all()
+    assert results["dk"][0, 1].isnan().any(-1).sum() in range(1, 90)
+    is_clean = ~results["dk"].isnan().any(-1)
+    for quantity in ("dk", "dv"):
+        assert torch.equal(results[quantity][is_clean], clean[quantity][is_clean])
+    results["dq"][0, 1, 130] = clean["dq"][0, 1, 130]
+    assert torch.equal(results["dq"], clean["dq"])
+
+
+@emulated
+@pytest.mark.slow
+def test_the_order_of_threads_changes_no_bit_by_entries(emulator: EmulatedLauncher) -> None:
+    request, dout = Case(150, 200, head_dim=64, group=2, dtype=BF16, is_causal=True, gain=2).build(CPU)
+    runs = [run_attention(ByEntries(emulator, order, 3), request, dout) for order in (emulator, emulator_of(1))]
+    for quantity, result in runs[0].items():
+        assert torch.equal(result, runs[1][quantity]), quantity
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(20, 70, head_dim=40, head_dim_v=64, dtype=HALF, is_causal=True),
+        Case(133, 65, head_dim=33, head_dim_v=35, dtype=HALF, group=2, gain=2),
+    ],
+    ids=["short", "unaligned"],
+)
+def test_no_access_out_of_bounds_and_no_race_by_entries(emulator: EmulatedLauncher, case: Case) -> None:
+    request, dout = case.build(CPU)
+    assert_attention(ByEntries(emulator, emulator_of(2, is_checked=True), 3), request, dout)
 
 
 # ---- on a GPU

@@ -1,4 +1,5 @@
 // dq and dkv over the blocks that hold support, and the support itself.
+#include "entries.cuh"
 #include "products.cuh"
 
 // delta = dout . out1 per row, dq, and with DALPHA the gradient of alpha per row, whose sums need more registers.
@@ -26,6 +27,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
   const T* dout = head_of<T>(params.dout, tile.i_b, params.stride_ob, tile.i_h, params.stride_oh);
   const signed char* live = params.live + tile.index * params.n_blocks;
+  if (live[0] & ENTRY_TILE) return;
   const Rows rows = rows_that_see(tile.lengths, params.is_causal);
   const int n_whole = tile.everyone / BLOCK_N;
 
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
 
   float tau[R], delta[R];
-  float w_sum[R], phi_sum[R], y_sum[R], b_dp[R], a_dp[R];
+  AlphaSums sums[R];
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
@@ -56,7 +58,6 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     }
     delta[i] = quad_sum(delta[i]);
     if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i];
-    w_sum[i] = phi_sum[i] = y_sum[i] = b_dp[i] = a_dp[i] = 0;
   }
 
   // u from the scores of KEYS keys, in their place.
@@ -85,15 +86,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           float p, w;
           powers<ALPHA>(u, r, p, w);
           if constexpr (DALPHA) {
-            if (u > 0) {
-              const float y = fmaxf(-0.69314718f * log2f(u), 0.0f);
-              const float a = p * surprise(y);
-              w_sum[row] += w;
-              phi_sum[row] += a;
-              y_sum[row] += p * y;
-              b_dp[row] += p * (1 + y) * dp;
-              a_dp[row] += a * dp;
-            }
+            if (u > 0) sums[row].add(u, p, w, dp);
           }
           dp = w * (dp - delta[row]);
         }
@@ -101,7 +94,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   float dq[M][ND][4];
   clear(dq);
   for_listed<WARPS>(
-      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return live[j] != 0; },
+      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
       [&](int count) {
         pipeline<STAGES, WGMMA>(
             count,
@@ -148,9 +141,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     const int row = tile.first + row_of<M>(i);
     const float nan = tau[i] != tau[i] ? not_a_number() : 0.0f;
     if constexpr (DALPHA) {
-      const float w = quad_sum(w_sum[i]), phi = quad_sum(phi_sum[i]), y = quad_sum(y_sum[i]);
-      const float b = quad_sum(b_dp[i]), a = quad_sum(a_dp[i]);
-      const float gradient = (phi * b - (1 + y) * a) / ((w > 0 ? w : 1.0f) * tile.exponent * tile.exponent);
+      const float gradient = sums[i].gradient(tile.exponent, quad_sum);
       if (lane_of() % 4 == 0 && row < params.seqlen_q) params.dalpha[tile.row + row] = gradient + nan;
     }
     if (row >= params.seqlen_q) continue;
@@ -163,13 +154,6 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     }
   }
 }
-
-// One block of keys of one head of keys.
-struct KeyBlock {
-  int i_b, i_kv, j;
-  int group;
-  Lengths lengths;
-};
 
 template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
@@ -280,7 +264,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         params.n_tiles, list, scratch,
         [&](int i_m) {
           const long long tile = static_cast<long long>(head) * params.n_tiles + i_m;
-          return params.live[tile * params.n_blocks + block.j] != 0;
+          return (params.live[tile * params.n_blocks + block.j] & LIVE) != 0;
         },
         [&](int count) {
           pipeline<STAGES, WGMMA>(
@@ -349,14 +333,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   T* k_tile = reinterpret_cast<T*>(smem);
   T* v_tile = k_tile + BLOCK_N * D;
 
-  KeyBlock block;
-  block.j = blockIdx.x % params.n_blocks;
-  const int i_bh = blockIdx.x / params.n_blocks;
-  block.i_b = i_bh / params.heads_kv;
-  block.i_kv = i_bh % params.heads_kv;
-  block.group = params.heads_q / params.heads_kv;
-  block.lengths = lengths_of(params, block.i_b);
-
+  const KeyBlock block = key_block(params);
   const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
   load_tile<T, D, BLOCK_N, THREADS>(k_tile, k, block.j * BLOCK_N, 0, block.lengths.k, params.stride_kn,
@@ -364,7 +341,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   load_tile<T, D, BLOCK_N, THREADS>(v_tile, v, block.j * BLOCK_N, 0, block.lengths.k, params.stride_vn,
                                     params.head_dim_v, params.aligned_v);
   cp_async_commit();
+  int bits = LIVE;
+  if constexpr (WGMMA) bits = live_bits<WARPS>(params, block, reinterpret_cast<int*>(v_tile + BLOCK_N * D));
   cp_async_wait<0>();
+  if (bits == HAS_ENTRIES) return;  // entmax_attn_bwd_dkv_entries does all
   __syncthreads();
   apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
   if constexpr (D <= 128) {
@@ -413,7 +393,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
     size[i] = 0;
   }
   for_listed<WARPS>(
-      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return live[j] != 0; },
+      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch,
+      [&](int j) { return (live[j] & (LIVE | HAS_ENTRIES)) != 0; },
       [&](int count) {
         pipeline<STAGES>(
             count,

@@ -1,8 +1,8 @@
 // Entries: the pairs of a query and a key with u > 0, one by one, of tiles that have too few for whole blocks.
 //
 // An entry tile has no out1. Its list lies there instead: `starts` of the rows, keys by row, ascending in each, and u.
-// Backward sorts it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds packed as two
-// T, and codes row * BLOCK_N + key, both counted from the tile's or the block's first.
+// Backward sorts it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds as two T, and
+// codes row * BLOCK_N + key, counted from the tile's first row and the block's first key.
 #pragma once
 
 #include "common.cuh"
@@ -92,22 +92,66 @@ __device__ __forceinline__ void load8(float (&x)[8], const T* row, int channel, 
   unpack_channels<T>(x, load_channels<T, 8>(row, channel, width, is_aligned));
 }
 
-// ---- over the lanes of a warp
-
-__device__ __forceinline__ float warp_sum(float value) {
+// Of the first n of these rows, all under way at once; zeros of the others.
+template <class T, int N, int ROWS>
+__device__ __forceinline__ void load_rows(Channels<N> (&channels)[ROWS], const T* base, long long stride,
+                                          const int (&rows)[ROWS], int n, int channel, int width, bool is_aligned) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) value += shfl_xor(value, mask);
-  return value;
+  for (int i = 0; i < ROWS; i++) channels[i] = Channels<N>{};
+  if (is_aligned) {
+    if (channel >= width) n = 0;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+      if (i < n) channels[i] = *reinterpret_cast<const Channels<N>*>(base + rows[i] * stride + channel);
+  } else {
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+      if (i < n) channels[i] = load_channels<T, N>(base + rows[i] * stride, channel, width, false);
+  }
 }
 
-// Of this lane's number and those of all lanes before it.
-__device__ __forceinline__ int warp_prefix(int value) {
+// Eight of the rows that the keys of a group's lanes name, from its lane `from` on; n keys of the warp count.
+template <class T, int LANES>
+__device__ __forceinline__ void load_rows_of_keys(Channels<8> (&channels)[8], const T* base, long long stride, int key,
+                                                  int from, int n, int width, bool is_aligned) {
+  const int first = lane_of() / LANES * LANES + from;
+  int rows[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) rows[i] = shfl(key, first + i);
+  load_rows<T, 8, 8>(channels, base, stride, rows, n - first, lane_of() % LANES * 8, width, is_aligned);
+}
+
+// ---- over the lanes of a warp
+
+// Adds up the 2 N numbers of lanes that are `mask` apart; each keeps N, those behind where its own bit is set.
+template <int N>
+__device__ __forceinline__ void fold(float* x, int mask) {
+  const bool is_second = (lane_of() & mask) != 0;
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const float first = x[i], second = x[i + N];
+    x[i] = (is_second ? second : first) + shfl_xor(is_second ? first : second, mask);
+  }
+}
+
+// Where this thread's n go after `count` others and those of the threads before; otherwise as `compact`.
+template <int WARPS>
+__device__ __forceinline__ int reserve(int n, int& count, int* scratch) {
+  int place = n;
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const int before = shfl(value, lane_of() - step);
-    if (lane_of() >= step) value += before;
+    const int before = shfl(place, lane_of() - step);
+    if (lane_of() >= step) place += before;
   }
-  return value;
+  __syncthreads();
+  if (lane_of() == 31) scratch[warp_of()] = place;
+  __syncthreads();
+  place += count - n;
+  for (int i = 0; i < WARPS; i++) {
+    place += i < warp_of() ? scratch[i] : 0;
+    count += scratch[i];
+  }
+  return place;
 }
 
 // Where a lane stands among neighbours with the same number, and whether it is the last of them.
@@ -119,5 +163,43 @@ struct Run {
 __device__ __forceinline__ Run run_of(int number) {
   const int before = shfl(number, lane_of() - 1), next = shfl(number, lane_of() + 1);
   const unsigned begins = ballot(lane_of() == 0 || before != number);
-  return Run{lane_of() - highest_bit(begins & ((2u << lane_of()) - 1)), lane_of() == 31 || next != number};
+  return Run{lane_of() - highest_bit(begins & (lanes_before() * 2 + 1)), lane_of() == 31 || next != number};
+}
+
+// ---- blocks of keys
+
+// One block of keys of one head of keys.
+struct KeyBlock {
+  int i_b, i_kv, j;
+  int group;
+  Lengths lengths;
+};
+
+__device__ __forceinline__ KeyBlock key_block(const Params& params) {
+  KeyBlock block;
+  const int i_bh = blockIdx.x / params.n_blocks;
+  block.j = blockIdx.x % params.n_blocks;
+  block.i_b = i_bh / params.heads_kv;
+  block.i_kv = i_bh % params.heads_kv;
+  block.group = params.heads_q / params.heads_kv;
+  block.lengths = lengths_of(params, block.i_b);
+  return block;
+}
+
+// LIVE and HAS_ENTRIES, if any tile of the group's heads has them for the block. `scratch` has room for a number per
+// warp.
+template <int WARPS>
+__device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& block, int* scratch) {
+  const long long first_head = static_cast<long long>(block.i_b) * params.heads_q + block.i_kv * block.group;
+  const signed char* live = params.live + first_head * params.n_tiles * params.n_blocks + block.j;
+  int bits = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < block.group * params.n_tiles; i += 32 * WARPS)
+    bits |= live[static_cast<long long>(i) * params.n_blocks];
+  const bool is_live = any_sync((bits & LIVE) != 0), has_entries = any_sync((bits & HAS_ENTRIES) != 0);
+  if (lane_of() == 0) scratch[warp_of()] = (is_live ? LIVE : 0) | (has_entries ? HAS_ENTRIES : 0);
+  __syncthreads();
+  bits = 0;
+  for (int i = 0; i < WARPS; i++) bits |= scratch[i];
+  return bits;
 }
