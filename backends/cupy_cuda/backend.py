@@ -15,7 +15,16 @@ from torch import Tensor
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
 from .._math import in_dtype_of, support_stats
-from .config import CAPABILITIES, Config, Launch, configure, head_class, shared_memory
+from .config import (
+    CAPABILITIES,
+    ENTRY_BLOCKS,
+    ENTRY_WARPS,
+    Config,
+    Launch,
+    configure,
+    head_class,
+    shared_memory,
+)
 from .launcher import CupyLauncher, unavailable_reason
 
 __all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
@@ -34,14 +43,14 @@ _TYPES = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "float"}
 _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
 
 _pointers = (
-    *("q", "k", "v", "dout", "out", "out1", "tau", "delta", "dq", "dk", "dv", "dalpha"),
+    *("q", "k", "v", "dout", "out", "out1", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
     *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
 )
 _strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
 _integers = (
     *("sign", "is_causal", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"),
     *("n_tiles", "n_blocks", "n_chunks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
-    *("map_m", "map_n", "map_rows", "map_columns"),
+    *("map_m", "map_n", "map_rows", "map_columns", "by_entries"),
 )
 
 
@@ -58,9 +67,12 @@ ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m"
 _SOURCES = {
     "entmax_attn_check_keys": "scan.cu",
     "entmax_attn_fwd_scan": "scan.cu",
+    "entmax_attn_fwd_refine": "refine.cu",
     "entmax_attn_fwd_output": "output.cu",
     "entmax_attn_bwd_dq": "backward.cu",
+    "entmax_attn_bwd_dq_entries": "entries.cu",
     "entmax_attn_bwd_dkv": "backward.cu",
+    "entmax_attn_bwd_dkv_entries": "entries.cu",
     "entmax_attn_support": "backward.cu",
     "entmax_rows_fwd": "rows.cu",
     "entmax_rows_bwd": "rows.cu",
@@ -128,6 +140,7 @@ class _Call:
         self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
         self.config = backend.config_of(request)
         self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
+        self.has_entries = self.config.entries and self.n_blocks <= ENTRY_BLOCKS
         self.programs = request.batch * request.heads_q * self.n_tiles
         self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
         alphas = request.alpha_heads
@@ -186,8 +199,8 @@ class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
     The stages and what they leave behind are those of the Triton backend. Extra memory beyond the results: a byte and a
-    list entry per tile of queries and block of keys, and out1 (of out's shape, float32) for backward. No call waits for
-    the device once its kernels are compiled.
+    list entry per tile of queries and block of keys, out1 (of out's shape, float32) for backward, and on Hopper as much
+    again during it. No call waits for the device once its kernels are compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
@@ -283,12 +296,18 @@ class CupyBackend:
             record,
         )
 
+    def _launch_entries(self, call: _Call, kernel: str, programs: int, record: np.void, *values: Any) -> None:
+        config = call.config
+        sizes = (config.block_m, config.block_n, ENTRY_WARPS)
+        name = _of(f"entmax_attn_bwd_{kernel}", call.dtype, config.head, *values, *sizes)
+        self._launch(name, programs, ENTRY_WARPS, shared_memory(config, kernel, call.q.dtype), record)
+
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(self, request)
         with _on_device(call.q):
-            return self._forward(call)
+            return self._forward(call, by_entries=call.has_entries)
 
-    def _forward(self, call: _Call) -> AttentionResult:
+    def _forward(self, call: _Call, by_entries: bool = False) -> AttentionResult:
         request, config = call.request, call.config
         rows = (request.batch, request.heads_q, request.seqlen_q)
         out = call.empty(*rows, request.head_dim_v, dtype=call.q.dtype)
@@ -311,11 +330,14 @@ class CupyBackend:
             PARAMS,
             arguments
             | {"out": out, "out1": out1, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts}
-            | {"first_bad": first_bad},
+            | {"first_bad": first_bad, "by_entries": by_entries},
         )
         self._launch(_of("entmax_attn_check_keys", call.dtype), checks, CHECK_WARPS, 128, record)
         programs, alpha = call.programs, call.alpha_class
         self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
+        refine = (alpha, config.entries)
+        self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, *refine)
+        programs *= config.parts
         self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
         return AttentionResult(out, tau, saved)
 
@@ -335,17 +357,22 @@ class CupyBackend:
                     t.zero_()
         else:
             delta = torch.empty_like(tau)
+            transposed = torch.empty_like(out1) if call.has_entries else None
             record = _record(
                 PARAMS,
                 call.arguments()
                 | _layout("o", dout)
                 | {"dout": dout, "out1": out1, "tau": tau, "delta": delta, "live": live}
-                | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha},
+                | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha, "transposed": transposed},
             )
             alpha = call.alpha_class
             self._launch_stage(call, "dq", "entmax_attn_bwd_dq", call.programs, record, alpha, dalpha is not None)
+            if call.has_entries:
+                self._launch_entries(call, "dq_entries", call.programs, record, alpha, dalpha is not None)
             blocks = request.batch * request.heads_kv * call.n_blocks
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
+            if call.has_entries:
+                self._launch_entries(call, "dkv_entries", blocks, record)
         summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
         return AttentionGrads(dq, dk, dv, in_dtype_of(request.alpha_heads, summed))
 

@@ -31,6 +31,13 @@ SCRATCH = 128  # bytes that each kernel has for reductions
 LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
 
+WARP_ENTRIES = 1024  # above the bound of tau that a warp has room for (refine.cu)
+# Of tiles that are taken entry by entry (entries.cuh, entries.cu).
+ENTRIES = 6144
+ENTRY_BLOCKS = 2048
+ENTRY_WARPS = 8
+TAKEN = 512
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -60,7 +67,8 @@ class Config:
         head_v: channels of v that the output kernel takes at once.
         block_m: queries of a tile.
         block_n: keys of a block, the unit that is skipped.
-        scan, output, dq, dkv: of the kernels.
+        scan, refine, output, dq, dkv: of the kernels.
+        entries: whether tiles of little support are taken entry by entry.
     """
 
     head: int
@@ -68,9 +76,16 @@ class Config:
     block_m: int
     block_n: int
     scan: Launch
+    refine: Launch
     output: Launch
     dq: Launch
     dkv: Launch
+    entries: bool = False
+
+    @property
+    def parts(self) -> int:
+        """Programs of the output kernel to a tile: a warp of a warpgroup multiplies 16 rows."""
+        return self.block_m // (16 * self.output.warps) if self.output.wgmma else 1
 
 
 def head_class(head_dim: int, head_dim_v: int) -> int:
@@ -93,13 +108,17 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
     if dtype.itemsize == 2 and (nearest, head) in _HALF_OF_ONE:
         candidates = [_HALF_OF_ONE[nearest, head]]
     for config in candidates:
-        if all(shared_memory(config, name, dtype) <= room for name in ("scan", "output", "dq", "dkv")):
+        if all(shared_memory(config, name, dtype) <= room for name in ("scan", "refine", "output", "dq", "dkv")):
             return config
     return None
 
 
 def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     """Bytes of shared memory that a program of the kernel takes, as the kernel lays it out."""
+    if kernel == "dq_entries":
+        return SCRATCH + ENTRIES * 10 + ENTRY_WARPS * ENTRY_BLOCKS * 2
+    if kernel == "dkv_entries":
+        return SCRATCH + config.block_n * config.head * 8 + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + TAKEN * 2)
     launch: Launch = getattr(config, kernel)
     row, row_v = config.head * dtype.itemsize, config.head_v * dtype.itemsize
     tile, block = config.block_m * row, config.block_n * row
@@ -107,8 +126,13 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     if kernel == "scan":
         ring = launch.stages * launch.columns * row
         return SCRATCH + (max(tile, ring) if dtype.itemsize == 2 and config.head <= 128 else tile + ring)
+    if kernel == "refine":
+        if launch.wgmma:
+            listed = launch.warps * WARP_ENTRIES * 8 if config.entries else 0
+            return SCRATCH + max(tile, launch.stages * block) + listed
+        return SCRATCH + tile + launch.stages * block
     if kernel == "output":
-        return SCRATCH + tile + launch.stages * (block + config.block_n * row_v) + staging
+        return SCRATCH + tile // config.parts + launch.stages * (block + config.block_n * row_v) + staging
     if kernel == "dq":
         return SCRATCH + LIST + 2 * tile + launch.stages * 2 * block + staging
     part = launch.columns * (2 * row + 2 * 4)
@@ -118,22 +142,100 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
 # The first that fits is taken.
 _HALF = {
     64: [
-        Config(64, 64, 128, 64, Launch(4, 64, 3, 3), Launch(8, 16, 2, 2), Launch(8, 16, 2, 2), Launch(4, 32, 2, 2)),
-        Config(64, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(4, 32, 2, 1)),
+        Config(
+            64,
+            64,
+            128,
+            64,
+            Launch(4, 64, 3, 3),
+            Launch(8, 16, 2, 2),
+            Launch(8, 16, 2, 2),
+            Launch(8, 16, 2, 2),
+            Launch(4, 32, 2, 2),
+        ),
+        Config(
+            64,
+            64,
+            64,
+            64,
+            Launch(4, 64, 2, 2),
+            Launch(4, 32, 2, 1),
+            Launch(4, 32, 2, 1),
+            Launch(4, 32, 1, 1),
+            Launch(4, 32, 2, 1),
+        ),
     ],
     128: [
-        Config(128, 128, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 32, 2, 1), Launch(4, 16, 2, 1)),
-        Config(128, 128, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 16, 2, 1)),
-        Config(128, 128, 64, 32, Launch(4, 32, 2, 2), Launch(4, 16, 1, 1), Launch(4, 32, 1, 1), Launch(2, 16, 1, 1)),
+        Config(
+            128,
+            128,
+            128,
+            64,
+            Launch(4, 64, 3, 2),
+            Launch(8, 16, 2, 1),
+            Launch(8, 16, 2, 1),
+            Launch(8, 32, 2, 1),
+            Launch(4, 16, 2, 1),
+        ),
+        Config(
+            128,
+            128,
+            64,
+            64,
+            Launch(4, 64, 2, 2),
+            Launch(4, 16, 2, 1),
+            Launch(4, 16, 2, 1),
+            Launch(4, 32, 1, 1),
+            Launch(4, 16, 2, 1),
+        ),
+        Config(
+            128,
+            128,
+            64,
+            32,
+            Launch(4, 32, 2, 2),
+            Launch(4, 16, 1, 1),
+            Launch(4, 16, 1, 1),
+            Launch(4, 32, 1, 1),
+            Launch(2, 16, 1, 1),
+        ),
     ],
     256: [
-        Config(256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 2, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)),
-        Config(256, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
+        Config(
+            256,
+            128,
+            64,
+            32,
+            Launch(4, 32, 2, 1),
+            Launch(4, 16, 2, 1),
+            Launch(4, 16, 2, 1),
+            Launch(4, 16, 2, 1),
+            Launch(2, 16, 2, 1),
+        ),
+        Config(
+            256,
+            128,
+            32,
+            32,
+            Launch(2, 32, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+        ),
     ],
 }
 # Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
 _BLACKWELL_64 = Config(
-    64, 64, 128, 64, Launch(4, 64, 3, 2), Launch(8, 16, 2, 1), Launch(8, 16, 2, 1), Launch(4, 32, 2, 2)
+    64,
+    64,
+    128,
+    64,
+    Launch(4, 64, 3, 2),
+    Launch(8, 16, 2, 1),
+    Launch(8, 16, 2, 1),
+    Launch(8, 16, 2, 1),
+    Launch(4, 32, 2, 2),
 )
 _HALF_OF_ONE = {
     ((9, 0), 64): Config(
@@ -142,9 +244,11 @@ _HALF_OF_ONE = {
         128,
         64,
         Launch(8, 128, 3, 2, True),
+        Launch(8, 64, 4, 2, True),
         Launch(8, 64, 4, 1, True),
         Launch(8, 64, 3, 2, True),
         Launch(4, 64, 2, 3, True),
+        entries=True,
     ),
     ((9, 0), 128): Config(
         128,
@@ -152,32 +256,108 @@ _HALF_OF_ONE = {
         128,
         64,
         Launch(8, 64, 4, 2, True),
+        Launch(8, 64, 3, 2, True),
         Launch(8, 64, 4, 1, True),
         Launch(8, 64, 3, 1, True),
         Launch(4, 64, 2, 2, True),
+        entries=True,
     ),
     ((9, 0), 256): Config(
-        256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 2, 1), Launch(2, 16, 2, 1)
+        256,
+        128,
+        64,
+        32,
+        Launch(4, 32, 2, 1),
+        Launch(4, 16, 3, 1),
+        Launch(4, 16, 3, 1),
+        Launch(4, 16, 2, 1),
+        Launch(2, 16, 2, 1),
     ),
     ((10, 0), 64): _BLACKWELL_64,
     ((10, 0), 256): Config(
-        256, 128, 64, 32, Launch(4, 32, 2, 1), Launch(4, 16, 3, 1), Launch(4, 16, 1, 1), Launch(2, 16, 2, 1)
+        256,
+        128,
+        64,
+        32,
+        Launch(4, 32, 2, 1),
+        Launch(4, 16, 3, 1),
+        Launch(4, 16, 3, 1),
+        Launch(4, 16, 1, 1),
+        Launch(2, 16, 2, 1),
     ),
     ((12, 0), 64): _BLACKWELL_64,
     ((12, 0), 128): Config(
-        128, 64, 64, 64, Launch(4, 64, 2, 2), Launch(4, 16, 2, 1), Launch(4, 32, 1, 1), Launch(4, 16, 2, 1)
+        128,
+        64,
+        64,
+        64,
+        Launch(4, 64, 2, 2),
+        Launch(4, 16, 2, 1),
+        Launch(4, 16, 2, 1),
+        Launch(4, 32, 1, 1),
+        Launch(4, 16, 2, 1),
     ),
 }
 _FLOAT = {
     64: [
-        Config(64, 64, 64, 32, Launch(4, 32, 2, 1), Launch(4, 32, 2, 1), Launch(4, 32, 1, 1), Launch(2, 32, 1, 1)),
+        Config(
+            64,
+            64,
+            64,
+            32,
+            Launch(4, 32, 2, 1),
+            Launch(4, 32, 2, 1),
+            Launch(4, 32, 2, 1),
+            Launch(4, 32, 1, 1),
+            Launch(2, 32, 1, 1),
+        ),
     ],
     128: [
-        Config(128, 128, 32, 32, Launch(2, 32, 1, 1), Launch(2, 32, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1)),
-        Config(128, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 16, 1, 1)),
+        Config(
+            128,
+            128,
+            32,
+            32,
+            Launch(2, 32, 1, 1),
+            Launch(2, 32, 1, 1),
+            Launch(2, 32, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+        ),
+        Config(
+            128,
+            128,
+            32,
+            16,
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(1, 16, 1, 1),
+        ),
     ],
     256: [
-        Config(256, 128, 32, 16, Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(2, 16, 1, 1), Launch(1, 8, 2, 1)),
-        Config(256, 128, 16, 16, Launch(1, 16, 1, 1), Launch(1, 16, 1, 1), Launch(1, 16, 1, 1), Launch(1, 8, 1, 1)),
+        Config(
+            256,
+            128,
+            32,
+            16,
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(2, 16, 1, 1),
+            Launch(1, 8, 2, 1),
+        ),
+        Config(
+            256,
+            128,
+            16,
+            16,
+            Launch(1, 16, 1, 1),
+            Launch(1, 16, 1, 1),
+            Launch(1, 16, 1, 1),
+            Launch(1, 16, 1, 1),
+            Launch(1, 8, 1, 1),
+        ),
     ],
 }

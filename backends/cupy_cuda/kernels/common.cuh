@@ -3,9 +3,9 @@
 // Notation of adasplash2/contract.py: z = c * s with s = q . k and c = (alpha - 1) * |scale| (the sign of the scale
 // goes into q, or into k), u = max(z - tau, 0), p = u ** r, w = u ** (r - 1), r = 1 / (alpha - 1).
 //
-// A tile is BLOCK_M queries of one head, a block BLOCK_N keys. `live` has a byte for each tile and block, 1 where it
-// holds support. Rows that see no key have tau = +inf; rows with a query that is not finite, or that see a key that is
-// not, have tau = NaN.
+// A tile is BLOCK_M queries of one head, a block BLOCK_N keys. `live` has a byte for each tile and block: what support
+// it holds (entries.cuh). Rows that see no key have tau = +inf; rows with a query that is not finite, or that see a key
+// that is not, have tau = NaN.
 #pragma once
 
 #include "ptx.cuh"
@@ -33,6 +33,7 @@ struct Params {
   void* dk;
   void* dv;
   float* dalpha;
+  float* transposed;
   signed char* live;
   unsigned* words;
   int* list;
@@ -58,6 +59,7 @@ struct Params {
   int n_tiles, n_blocks, n_chunks;
   int aligned_q, aligned_k, aligned_v, aligned_o;  // rows start at, and consist of, whole 16 bytes
   int map_m, map_n, map_rows, map_columns;
+  int by_entries;  // whether tiles may be entry tiles
 };
 
 struct alignas(16) Vec4 {
@@ -100,6 +102,29 @@ __device__ __forceinline__ float surprise(float y) {
   const float series = 1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))));
   return y < 0.25f ? y * y / 2 * series : expf(y) - 1 - y;
 }
+
+// What the keys of a row add up to for the gradient of its alpha.
+struct AlphaSums {
+  float w = 0, phi = 0, y = 0, b_dp = 0, a_dp = 0;
+
+  // A key with u > 0.
+  __device__ __forceinline__ void add(float u, float p, float w_of_key, float dp) {
+    const float y_of_key = fmaxf(-0.69314718f * log2f(u), 0.0f);
+    const float a = p * surprise(y_of_key);
+    w += w_of_key;
+    phi += a;
+    y += p * y_of_key;
+    b_dp += p * (1 + y_of_key) * dp;
+    a_dp += a * dp;
+  }
+
+  // Each by `sum` over the threads that share the row.
+  template <class Sum>
+  __device__ __forceinline__ float gradient(float exponent, Sum&& sum) const {
+    const float w_sum = sum(w);
+    return (sum(phi) * sum(b_dp) - (1 + sum(y)) * sum(a_dp)) / ((w_sum > 0 ? w_sum : 1.0f) * exponent * exponent);
+  }
+};
 
 __device__ __forceinline__ float exponent_of(const Params& params, int i_h) {
   return (params.alpha_heads ? params.alpha_heads[i_h] : params.alpha) - 1;
@@ -145,20 +170,22 @@ struct QueryTile {
   float exponent;
 };
 
-template <int BLOCK_M>
+// With PARTS, so many programs share a tile: the rows are those of a part.
+template <int BLOCK_M, int PARTS = 1>
 __device__ __forceinline__ QueryTile query_tile(const Params& params) {
+  constexpr int ROWS = BLOCK_M / PARTS;
   QueryTile tile;
-  const int i_bh = blockIdx.x / params.n_tiles;
+  const int i_tile = blockIdx.x / PARTS, i_bh = i_tile / params.n_tiles;
   // The longest first, where the mask is causal.
-  tile.i_m = params.n_tiles - 1 - blockIdx.x % params.n_tiles;
-  tile.first = tile.i_m * BLOCK_M;
+  tile.i_m = params.n_tiles - 1 - i_tile % params.n_tiles;
+  tile.first = tile.i_m * BLOCK_M + static_cast<int>(blockIdx.x % PARTS) * ROWS;
   tile.i_b = i_bh / params.heads_q;
   tile.i_h = i_bh % params.heads_q;
   tile.i_kv = tile.i_h / (params.heads_q / params.heads_kv);
   tile.index = static_cast<long long>(i_bh) * params.n_tiles + tile.i_m;
   tile.row = static_cast<long long>(i_bh) * params.seqlen_q;
   tile.lengths = lengths_of(params, tile.i_b);
-  const int last = min(tile.first + BLOCK_M, tile.lengths.q) - 1;
+  const int last = min(tile.first + ROWS, tile.lengths.q) - 1;
   tile.everyone = tile.first < tile.lengths.q ? keys_seen(tile.first, tile.lengths, params.is_causal) : 0;
   tile.anyone = tile.first < tile.lengths.q ? keys_seen(last, tile.lengths, params.is_causal) : 0;
   tile.exponent = exponent_of(params, tile.i_h);
@@ -254,6 +281,8 @@ __device__ __forceinline__ int lane_of() { return threadIdx.x % 32; }
 
 __device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
 
+__device__ __forceinline__ unsigned lanes_before() { return (1u << lane_of()) - 1; }
+
 __device__ __forceinline__ float quad_sum(float value) {
   value += shfl_xor(value, 1);
   return value + shfl_xor(value, 2);
@@ -262,6 +291,22 @@ __device__ __forceinline__ float quad_sum(float value) {
 __device__ __forceinline__ float quad_max(float value) {
   value = fmaxf(value, shfl_xor(value, 1));
   return fmaxf(value, shfl_xor(value, 2));
+}
+
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) value += shfl_xor(value, mask);
+  return value;
+}
+
+// Of each row.
+template <int R>
+__device__ __forceinline__ void quad_sums(float (&f)[R], float (&g)[R]) {
+#pragma unroll
+  for (int row = 0; row < R; row++) {
+    f[row] = quad_sum(f[row]);
+    g[row] = quad_sum(g[row]);
+  }
 }
 
 // Row of a tile that part i (of 2 * M_TILES) of this thread's numbers belongs to.
@@ -327,7 +372,7 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
 
 template <int WARPS>
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
-  for (int mask = 16; mask > 0; mask /= 2) value += shfl_xor(value, mask);
+  value = warp_sum(value);
   __syncthreads();
   if (lane_of() == 0) scratch[warp_of()] = value;
   __syncthreads();
@@ -346,7 +391,7 @@ __device__ __forceinline__ int compact(bool is_kept, int& count, int* scratch) {
   __syncthreads();
   if (lane_of() == 0) scratch[warp_of()] = popcount(kept);
   __syncthreads();
-  int place = count + popcount(kept & ((1u << lane_of()) - 1));
+  int place = count + popcount(kept & lanes_before());
   for (int i = 0; i < WARPS; i++) {
     place += i < warp_of() ? scratch[i] : 0;
     count += scratch[i];
@@ -388,10 +433,10 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 // ---- the loop over blocks
 
 // load(i, stage) asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are
-// other stages, but for LAG: so many computes later a stage may still be read. On return no load is under way and all
-// threads have left the buffers. With WGMMA, products by wgmma see what was loaded; a compute finishes its own.
+// other stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all
+// threads. On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what was loaded; a compute finishes its own.
 template <int STAGES, bool WGMMA = false, int LAG = 0, class Load, class Compute>
-__device__ __forceinline__ void pipeline(int n, Load&& load, Compute&& compute) {
+__device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& compute) {
   constexpr int AHEAD = STAGES - 1 - LAG;
   static_assert(AHEAD > 0 || STAGES == 1);
 #pragma unroll

@@ -1,42 +1,76 @@
-// Refine and output over the listed blocks: tau, out, and for backward out1 = sum w v / sum w and which blocks are live.
+// Output over the listed blocks: out, and for backward out1 = sum w v / sum w and which blocks are live.
+#include "entries.cuh"
 #include "products.cuh"
 
-// Newton steps are taken until the next one is expected to be below `target`. That one is applied to the output itself:
-// out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are multiplied at once; values wider
-// than DV are taken in parts.
+// p, in place of the scores, and w of rows with these tau.
+template <int ALPHA, int M, int N>
+__device__ __forceinline__ void weigh(float (&p)[M][N][4], float (&w)[M][N][4], const float (&tau)[2 * M], float c,
+                                      float r) {
+#pragma unroll
+  for (int row = 0; row < 2 * M; row++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const float u = fmaxf(p[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
+        powers<ALPHA>(u, r, p[row / 2][n][row % 2 * 2 + e], w[row / 2][n][row % 2 * 2 + e]);
+      }
+}
+
+// Adds this thread's p to f and its w to g, of each row; whether it has support among them.
+template <int M, int N>
+__device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M], const float (&p)[M][N][4],
+                                            const float (&w)[M][N][4]) {
+  bool has_support = false;
+#pragma unroll
+  for (int row = 0; row < 2 * M; row++) {
+    float added = 0;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      f[row] += p[row / 2][n][row % 2 * 2] + p[row / 2][n][row % 2 * 2 + 1];
+      added += w[row / 2][n][row % 2 * 2] + w[row / 2][n][row % 2 * 2 + 1];
+    }
+    g[row] += added;
+    has_support |= added > 0;
+  }
+  return has_support;
+}
+
+// A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are
+// multiplied at once; values wider than DV are taken in parts.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
           bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int M = WGMMA ? 1 : BLOCK_M / (16 * WARPS);
+  constexpr int ROWS = 16 * M * WARPS;
   constexpr int N = KEYS / 8;
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
-  constexpr int MAX_STEPS = 16;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  T* k_tiles = q_tile + BLOCK_M * D;
+  T* k_tiles = q_tile + ROWS * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
   float* scratch = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV);
   float* staging = scratch + 32 + warp_of() * STAGING<M, N>;
 
-  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
-  const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
-  unsigned* words = params.words + tile.index * words_per_tile;
-  int* list = params.list + tile.index * params.n_blocks;
-  int count = params.counts[tile.index];
+  const int* list = params.list + tile.index * params.n_blocks;
+  const int count = params.counts[tile.index];
+  // Its output came from entries.
+  if (count < 0) return;
   const int n_whole = tile.everyone / BLOCK_N;
 
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
+  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                 params.aligned_q);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
   // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
   float tau[R], f[R], g[R];
@@ -58,129 +92,45 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
                                        params.stride_vn, params.head_dim_v - from, params.aligned_v);
   };
   // p and w from the scores p of KEYS keys of block j, from key `first` of the block on.
-  auto weigh = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first) {
+  auto weigh_block = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(p, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
-#pragma unroll
-    for (int row = 0; row < R; row++)
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float u = fmaxf(p[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
-          powers<ALPHA>(u, r, p[row / 2][n][row % 2 * 2 + e], w[row / 2][n][row % 2 * 2 + e]);
-        }
+    weigh<ALPHA>(p, w, tau, c, r);
   };
-  // Adds to f and g; whether a row of this thread has support in the block.
-  auto add = [&](const float(&p)[M][N][4], const float(&w)[M][N][4]) {
-    bool has_support = false;
-#pragma unroll
-    for (int row = 0; row < R; row++) {
-      float added = 0;
-#pragma unroll
-      for (int n = 0; n < N; n++) {
-        f[row] += p[row / 2][n][row % 2 * 2] + p[row / 2][n][row % 2 * 2 + 1];
-        added += w[row / 2][n][row % 2 * 2] + w[row / 2][n][row % 2 * 2 + 1];
-      }
-      g[row] += added;
-      has_support |= added > 0;
-    }
-    return has_support;
+  auto mark_live = [&](int i, bool has_support) {
+    if (any_sync(has_support || has_bad) && params.live && lane_of() == 0)
+      params.live[tile.index * params.n_blocks + list[i]] = LIVE;
   };
   // The scores of a part of a stage, as p, and w.
   auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
     clear(p);
     scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
-    weigh(p, w, j, first);
+    weigh_block(p, w, j, first);
   };
-  auto begin_pass = [&]() {
-#pragma unroll
-    for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    fill<THREADS>(words, words_per_tile, 0u);
-    __syncthreads();
-  };
-  auto end_pass = [&]() {
-#pragma unroll
-    for (int row = 0; row < R; row++) {
-      f[row] = quad_sum(f[row]);
-      g[row] = quad_sum(g[row]);
-    }
-  };
-
-  // In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
-  const float tolerance =
-      exp2f(log2f(params.target) * fmaxf(0.5f, tile.exponent)) * fminf(2 * tile.exponent, 1.0f);
-  float largest = 2 * tolerance;
-  for (int step = 0; step < MAX_STEPS && largest > tolerance; step++) {
-    begin_pass();
-    if constexpr (WGMMA) {
-      // Two blocks at once, one in the place of values: the second is multiplied while the first is summed up.
-      pipeline<STAGES, true>(
-          (count + 1) / 2,
-          [&](int i, int stage) {
-            load_keys(2 * i, 2 * stage);
-            load_keys(min(2 * i + 1, count - 1), 2 * stage + 1);
-          },
-          [&](int i, int stage) {
-            const T* keys = k_tiles + 2 * stage * BLOCK_N * D;
-            float first[M][N][4], second[M][N][4], w[M][N][4];
-            begin_scores<T, D, N>(first, q_tile, warpgroup_row(), keys);
-            begin_scores<T, D, N>(second, q_tile, warpgroup_row(), keys + BLOCK_N * D);
-            finish<1>(first);
-            weigh(first, w, list[2 * i], 0);
-            mark(words, 2 * i, add(first, w));
-            finish<0>(second);
-            if (2 * i + 1 < count) {
-              weigh(second, w, list[2 * i + 1], 0);
-              mark(words, 2 * i + 1, add(second, w));
-            }
-          });
-    } else {
-      pipeline<STAGES>(count, load_keys, [&](int i, int stage) {
-        const int j = list[i];
-        bool has_support = false;
-#pragma unroll 1
-        for (int first = 0; first < BLOCK_N; first += KEYS) {
-          float p[M][N][4], w[M][N][4];
-          weights(p, w, j, first, stage);
-          has_support |= add(p, w);
-        }
-        mark(words, i, has_support);
-      });
-    }
-    end_pass();
-    if (step == 0 && !has_bad) {
-      int n_kept = 0;
-      for (int first = 0; first < count; first += THREADS) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        const bool is_kept = i < count && bit_of(words, i);
-        const int j = i < count ? list[i] : 0;
-        const int at = compact<WARPS>(is_kept, n_kept, reinterpret_cast<int*>(scratch));
-        if (is_kept) list[at] = j;
-      }
-      count = n_kept;
-      __syncthreads();
-    }
-    float relative = 0;
-#pragma unroll
-    for (int row = 0; row < R; row++) {
-      const float change = newton_step<ALPHA>(f[row], g[row], r);
-      tau[row] += change;
-      relative = fmaxf(relative, f[row] > 0 ? change * g[row] / f[row] : 0.0f);
-    }
-    largest = block_max<WARPS>(relative, scratch);
-  }
-
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
     float out[M][NV][4], out1[M][NV][4];
     clear(out);
     clear(out1);
-    begin_pass();
+#pragma unroll
+    for (int row = 0; row < R; row++) f[row] = g[row] = 0;
     auto load = [&](int i, int stage) {
       load_keys(i, stage);
       load_values(i, stage, from);
     };
-    if constexpr (WGMMA) {
+    if constexpr (WGMMA && PROGRAMS * WARPS > 8) {
+      pipeline<STAGES, true>(count, load, [&](int i, int stage) {
+        float p[M][N][4], w[M][N][4];
+        begin_scores<T, D, N>(p, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
+        finish<0>(p);
+        weigh_block(p, w, list[i], 0);
+        mark_live(i, add_weights(f, g, p, w));
+        Weights<T, N> weights;
+        pack_weights<T>(weights, p, w);
+        begin_accumulate_both<T, N, NV>(out, out1, weights, v_tiles + stage * BLOCK_N * DV);
+        finish<0>(out);
+        finish<0>(out1);
+      });
+    } else if constexpr (WGMMA) {
       // A block's values are multiplied while the next block is weighed, if the registers have room for both.
       Weights<T, N> last;
       int before = 0;
@@ -194,8 +144,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
           finish<0>(p);
         }
         before = stage;
-        weigh(p, w, list[i], 0);
-        mark(words, i, add(p, w));
+        weigh_block(p, w, list[i], 0);
+        mark_live(i, add_weights(f, g, p, w));
         finish<0>(out);
         finish<0>(out1);
         pack_weights<T>(last, p, w);
@@ -213,13 +163,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         for (int first = 0; first < BLOCK_N; first += KEYS) {
           float p[M][N][4], w[M][N][4];
           weights(p, w, j, first, stage);
-          has_support |= add(p, w);
+          has_support |= add_weights(f, g, p, w);
           accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
         }
-        mark(words, i, has_support);
+        mark_live(i, has_support);
       });
     }
-    end_pass();
+    quad_sums(f, g);
 #pragma unroll
     for (int row = 0; row < R; row++) {
       const int at = tile.first + row_of<M>(row);
@@ -240,12 +190,5 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         if (params.out1) store_pair(to1, column_of(n, 0), width, sums1[0] / w_sum + nan, sums1[1] / w_sum + nan);
       }
     }
-  }
-  if (params.live) {
-    signed char* live = params.live + tile.index * params.n_blocks;
-    fill<THREADS, signed char>(live, params.n_blocks, 0);
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += THREADS)
-      if (has_bad || bit_of(words, i)) live[list[i]] = 1;
   }
 }

@@ -165,7 +165,7 @@ inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
 }
 template <class V>
 inline V shfl(V value, int lane, EMULATOR_SITE) {
-    return emulator::shuffled(value, lane, "shfl", site);
+    return emulator::shuffled(value, lane & 31, "shfl", site);
 }
 inline unsigned ballot(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "ballot", site); }
 inline bool any_sync(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "any_sync", site) != 0; }
