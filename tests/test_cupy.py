@@ -24,15 +24,13 @@ from adasplash2 import registry
 from adasplash2.backends.cupy_cuda import CupyBackend, backend, launcher
 from adasplash2.backends.cupy_cuda.config import (
     CAPABILITIES,
-    ENTRIES,
     ENTRY_WARPS,
     SHARED_MEMORY,
-    Config,
     configure,
     head_class,
     shared_memory,
 )
-from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest
+from adasplash2.contract import AttentionRequest, EntmaxRequest
 from adasplash2.testing import (
     assert_attention,
     assert_close,
@@ -47,8 +45,8 @@ CPU = torch.device("cpu")
 HEADS = (64, 128, 256)
 ALPHAS = (1.5, 2.0, 1.3, (1.2,))
 KERNELS = {
-    *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output", "entmax_attn_bwd_dq"),
-    *("entmax_attn_bwd_dkv", "entmax_attn_support", "entmax_rows_fwd", "entmax_rows_bwd"),
+    *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_refine", "entmax_attn_fwd_output"),
+    *("entmax_attn_bwd_dq", "entmax_attn_bwd_dkv", "entmax_attn_support", "entmax_rows_fwd", "entmax_rows_bwd"),
 }
 ENTRIES_KERNELS = {"entmax_attn_bwd_dq_entries", "entmax_attn_bwd_dkv_entries"}
 
@@ -203,10 +201,10 @@ def test_configurations_fit_the_devices() -> None:
             assert capability == (7, 5)
             assert head == 256
             continue
-        for name in ("scan", "output", "dq", "dkv"):
+        for name in ("scan", "refine", "output", "dq", "dkv"):
             assert shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
             launch = getattr(config, name)
-            rows = config.block_n if name == "dkv" else config.block_m
+            rows = {"dkv": config.block_n, "output": config.block_m // config.parts}.get(name, config.block_m)
             assert rows % (16 * launch.warps) == 0
             columns = config.block_m if name == "dkv" else config.block_n
             assert (launch.columns % columns if name == "scan" else columns % launch.columns) == 0
@@ -254,17 +252,17 @@ def test_launches_of_a_call() -> None:
     config = configure(BF16, 128, (9, 0))
     assert config is not None
     tiles, blocks = -(-300 // config.block_m), -(-500 // config.block_n)
-    check, scan, output, dq, dq_entries, dkv, dkv_entries = recorder.launches
+    check, scan, refine, output, dq, dq_entries, dkv, dkv_entries = recorder.launches
     assert [launch.kernel.partition("<")[0] for launch in recorder.launches] == [
-        *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_output"),
+        *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_refine", "entmax_attn_fwd_output"),
         *("entmax_attn_bwd_dq", "entmax_attn_bwd_dq_entries"),
         *("entmax_attn_bwd_dkv", "entmax_attn_bwd_dkv_entries"),
     ]
     assert check.grid == (2 * 3 * 4, 1, 1)
-    assert scan.grid == output.grid == dq.grid == (2 * 6 * tiles, 1, 1)
-    assert dq_entries.grid == dq.grid
+    assert scan.grid == refine.grid == dq.grid == dq_entries.grid == (2 * 6 * tiles, 1, 1)
+    assert output.grid == (2 * 6 * tiles * config.parts, 1, 1)
     assert dkv_entries.grid == dkv.grid == (2 * 3 * blocks, 1, 1)
-    names = ("scan", "output", "dq", "dq_entries", "dkv", "dkv_entries")
+    names = ("scan", "refine", "output", "dq", "dq_entries", "dkv", "dkv_entries")
     for name, launch in zip(names, recorder.launches[1:], strict=True):
         assert launch.block == (32 * (ENTRY_WARPS if "entries" in name else getattr(config, name).warps), 1, 1)
         assert launch.shared_bytes == shared_memory(config, name, BF16)
@@ -278,8 +276,8 @@ def test_launches_of_a_call() -> None:
         assert launch.args["tau"] == result.tau.data_ptr()
         assert launch.args["live"] == result.saved[1].data_ptr()
         assert launch.args["alpha_heads"] == launch.args["seqlens_q"] == 0
-    assert output.args["out"] == result.out.data_ptr()
-    assert output.args["out1"] == dq.args["out1"] == result.saved[0].data_ptr()
+    assert refine.args["out"] == output.args["out"] == result.out.data_ptr()
+    assert refine.args["out1"] == output.args["out1"] == dq.args["out1"] == result.saved[0].data_ptr()
     assert dq.args["dq"] == grads.dq.data_ptr()
     assert (dkv.args["dk"], dkv.args["dv"]) == (grads.dk.data_ptr(), grads.dv.data_ptr())
     assert dq.args["dout"] == dout.data_ptr()
@@ -583,101 +581,101 @@ def test_entmax(emulator: EmulatedLauncher, alpha: float) -> None:
         assert_close(dalpha, truth, "dalpha")
 
 
-# ---- entries, backward
+# ---- entries
 
+HOPPER = (9, 0)
+ENTRY_TILE = 4  # of `live`, where it speaks of a tile's first block
 
-class ByEntries(CupyBackend):
-    """Makes entry tiles of tiles of its forward pass, by the exact scores and its tau, as entries.cuh has them."""
-
-    def __init__(self, forward: EmulatedLauncher, backward: EmulatedLauncher, every: int = 1) -> None:
-        super().__init__(launcher=forward, capability=(9, 0))
-        self._launchers = forward, backward
-        self._every = every
-
-    def forward(self, request: AttentionRequest) -> AttentionResult:
-        self._launcher = self._launchers[0]
-        result = super().forward(request)
-        config = self.config_of(request)
-        alphas = [request.alpha] * request.heads_q if request.alpha_heads is None else request.alpha_heads.tolist()
-        for at, (b, h, m) in enumerate(np.ndindex(*result.saved[1].shape[:3])):
-            if at % self._every == 0:
-                rows = slice(m * config.block_m, (m + 1) * config.block_m)
-                k = request.k[b, h * request.heads_kv // request.heads_q].double().nan_to_num()
-                z = (alphas[h] - 1) * request.scale * request.q[b, h, rows].double().nan_to_num() @ k.mT
-                u = (z - result.tau[b, h, rows, None]).where(visible(request, b)[rows], -torch.inf)
-                list_entries(u.numpy(), result.saved[0][b, h, rows], result.saved[1][b, h, m], config)
-        return result
-
-    def backward(self, *args: Any) -> AttentionGrads:
-        self._launcher = self._launchers[1]
-        return super().backward(*args)
-
-
-def visible(request: AttentionRequest, b: int) -> torch.Tensor:
-    """(seqlen_q, seqlen_k): whether a query sees a key."""
-    padded = (request.seqlen_q, request.seqlen_k)
-    length_q, length_k = (
-        size if lengths is None else int(lengths[b])
-        for size, lengths in zip(padded, (request.seqlens_q, request.seqlens_k), strict=True)
-    )
-    i, j = torch.arange(padded[0])[:, None], torch.arange(padded[1])
-    return (i < length_q) & (j < length_k) & ((j - i <= length_k - length_q) | (not request.is_causal))
-
-
-def list_entries(u: np.ndarray[Any, Any], out1: torch.Tensor, live: torch.Tensor, config: Config) -> None:
-    """Of one tile: u by rows and keys, in place of out1, and what live says of it."""
-    rows, keys = np.nonzero(u > 0)
-    words = out1.numel()
-    header = max(config.block_m // 2 + 1, (len(live) + 2) // 2)
-    capacity = min(ENTRIES, 2 * (words - header) // 3)
-    assert 0 < len(keys) <= capacity or not rows.size
-    memory = np.full(words, -1, np.int32)  # NaN
-    starts = np.searchsorted(rows, np.arange(config.block_m + 1)).astype(np.uint16)
-    memory.view(np.uint16)[: len(starts)] = starts
-    memory[header:][: len(keys)] = keys
-    fixed = np.clip(np.rint(u[rows, keys] * 65535), 1, 65535)
-    memory[header + capacity :].view(np.uint16)[: len(keys)] = fixed
-    out1.copy_(torch.from_numpy(memory.view(np.float32)).view(out1.shape))
-    live.zero_()
-    live[0] = 4
-    live[np.unique(keys // config.block_n)] |= 2
-
-
-# Of every tile, or of every second one, with up to 48 entries in a row and 3,000 in a tile.
-ENTRIES_BACKWARD = [
-    (1, Case(200, 300, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
-    (2, Case(150, 300, batch=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True, gain=2)),
-    (2, Case(290, 201, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced", gain=0.5)),
-    (2, Case(300, 64, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=2)),
-    (1, Case(70, 300, head_dim=64, head_dim_v=64, dtype=HALF, group=3, alpha=(1.3, 1.5, 1.9), gain=2)),
-    (1, Case(150, 500, head_dim=128, head_dim_v=96, dtype=BF16, gain=0.7, is_causal=True)),
-    (2, Case(290, 230, head_dim=80, head_dim_v=37, dtype=BF16, gain=1.5)),
-    (1, Case(200, 150, 64, 64, 3, dtype=HALF, is_causal=True, seqlens_q=(170, 0, 60), seqlens_k=(150, 90, 0))),
-    (1, Case(5, 16500, head_dim=40, head_dim_v=128, dtype=BF16, gain=1.5)),
+# How many tiles are entry tiles; they have up to 2,705 entries, a block of one head up to 707.
+BY_ENTRIES = [
+    ("all", Case(150, 2000, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
+    ("some", Case(200, 1800, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+    ("all", Case(150, 900, batch=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True, gain=2)),
+    ("all", Case(290, 700, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced", gain=0.5)),
+    ("some", Case(300, 1000, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=4)),
+    ("some", Case(70, 1200, head_dim=64, head_dim_v=64, dtype=HALF, group=3, alpha=(1.3, 1.5, 1.9), gain=2)),
+    ("some", Case(150, 1500, head_dim=128, head_dim_v=96, dtype=BF16, is_causal=True)),
+    ("all", Case(290, 1000, head_dim=80, head_dim_v=37, dtype=BF16, gain=1.5)),
+    (
+        "some",
+        Case(200, 900, 64, 64, 3, dtype=HALF, is_causal=True, seqlens_q=(170, 0, 60), seqlens_k=(850, 600, 0), gain=2),
+    ),
+    ("all", Case(5, 16500, head_dim=40, head_dim_v=64, dtype=HALF, gain=1.5)),
+    ("some", Case(2000, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="topics", gain=2)),
+    ("none", Case(150, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="narrow", is_causal=True)),
 ]
 
 
+def are_entry_tiles(whole: CupyBackend, request: AttentionRequest) -> torch.Tensor:
+    """(batch, heads_q, tiles): of the forward pass."""
+    result = whole.forward(dataclasses.replace(request, save_for_backward=True))
+    return result.saved[1][..., 0] & ENTRY_TILE != 0
+
+
 @emulated
 @pytest.mark.slow
-@pytest.mark.parametrize(("every", "case"), ENTRIES_BACKWARD, ids=[str(i) for i in range(len(ENTRIES_BACKWARD))])
-def test_backward_by_entries(emulator: EmulatedLauncher, every: int, case: Case) -> None:
+@pytest.mark.parametrize(("share", "case"), BY_ENTRIES, ids=[f"{i}-{share}" for i, (share, _) in enumerate(BY_ENTRIES)])
+def test_attention_by_entries(emulator: EmulatedLauncher, share: str, case: Case) -> None:
     request, dout = case.build(CPU)
-    assert_attention(ByEntries(emulator, emulator, every), request, dout)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    assert_attention(whole, request, dout)
+    by_entries = are_entry_tiles(whole, request)
+    assert share == ("all" if by_entries.all() else "some" if by_entries.any() else "none")
+    saving, not_saving = (
+        whole.forward(dataclasses.replace(request, save_for_backward=saves)) for saves in (True, False)
+    )
+    assert torch.equal(saving.out, not_saving.out)
+    assert torch.equal(saving.tau, not_saving.tau)
 
 
 @emulated
 @pytest.mark.slow
-def test_backward_by_entries_at_a_negative_scale(emulator: EmulatedLauncher) -> None:
-    request, dout = Case(140, 60, head_dim=32, dtype=HALF).build(CPU)
-    assert_attention(ByEntries(emulator, emulator, 2), dataclasses.replace(request, scale=-0.5), dout)
+def test_support_where_tiles_are_entry_tiles(emulator: EmulatedLauncher) -> None:
+    """Its own forward pass takes none by entries: it has no values."""
+    request, _ = Case(150, 2000, head_dim=64, head_dim_v=64, group=2, dtype=BF16, is_causal=True).build(CPU)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    assert are_entry_tiles(whole, request).any()
+    assert_support(whole.support(request, 32, 48), request, "cupy")
 
 
 @emulated
 @pytest.mark.slow
-def test_backward_by_entries_of_a_bad_gradient(emulator: EmulatedLauncher) -> None:
+@pytest.mark.parametrize("where", ["everywhere", "last"])
+def test_more_entries_than_there_is_room_for(emulator: EmulatedLauncher, where: str) -> None:
+    """One tile has them, in all blocks or in its last ones, and is taken by blocks; the others stay entry tiles."""
+    request, dout = Case(300, 1536, head_dim=64, head_dim_v=64, dtype=HALF, gain=2).build(CPU)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    assert are_entry_tiles(whole, request).all()
+    if where == "everywhere":
+        request.q[:, :, 130] = 0
+    else:
+        # The rows of the last warp are alike and see, in equal parts, one key of each block and all of the last two.
+        row = request.q[:, :, 240:241].clone()
+        request.q[:, :, 240:256] = row
+        request.k.sub_((request.k @ row.mT) / (row @ row.mT) * row)
+        for keys in (slice(0, -128, 64), slice(-128, None)):
+            request.k[:, :, keys] += row / 5
+    assert are_entry_tiles(whole, request).squeeze().tolist() == [True, False, True]
+    assert_attention(whole, request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_by_entries_at_a_negative_scale(emulator: EmulatedLauncher) -> None:
+    request, dout = Case(140, 600, head_dim=32, dtype=HALF).build(CPU)
+    request = dataclasses.replace(request, scale=-0.7)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    assert are_entry_tiles(whole, request).any()
+    assert_attention(whole, request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_a_bad_gradient_by_entries(emulator: EmulatedLauncher) -> None:
     """It spoils dq of its row, and dk and dv of the keys that have an entry there."""
-    request, dout = Case(150, 90, heads_kv=2, head_dim=40, head_dim_v=64, dtype=HALF, gain=3).build(CPU)
-    whole = ByEntries(emulator, emulator)
+    request, dout = Case(150, 600, heads_kv=2, head_dim=40, head_dim_v=64, dtype=HALF, gain=3).build(CPU)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    assert are_entry_tiles(whole, request).all()
     clean = run_attention(whole, request, dout)
     dout[0, 1, 130, 7] = torch.nan
     results = run_attention(whole, request, dout)
@@ -693,8 +691,10 @@ def test_backward_by_entries_of_a_bad_gradient(emulator: EmulatedLauncher) -> No
 @emulated
 @pytest.mark.slow
 def test_the_order_of_threads_changes_no_bit_by_entries(emulator: EmulatedLauncher) -> None:
-    request, dout = Case(150, 200, head_dim=64, group=2, dtype=BF16, is_causal=True, gain=2).build(CPU)
-    runs = [run_attention(ByEntries(emulator, order, 3), request, dout) for order in (emulator, emulator_of(1))]
+    request, dout = Case(150, 600, head_dim=64, group=2, dtype=BF16, is_causal=True, gain=2).build(CPU)
+    backends = [CupyBackend(launcher=order, capability=HOPPER) for order in (emulator, emulator_of(1))]
+    assert are_entry_tiles(backends[0], request).any()
+    runs = [run_attention(whole, request, dout) for whole in backends]
     for quantity, result in runs[0].items():
         assert torch.equal(result, runs[1][quantity]), quantity
 
@@ -704,14 +704,16 @@ def test_the_order_of_threads_changes_no_bit_by_entries(emulator: EmulatedLaunch
 @pytest.mark.parametrize(
     "case",
     [
-        Case(20, 70, head_dim=40, head_dim_v=64, dtype=HALF, is_causal=True),
-        Case(133, 65, head_dim=33, head_dim_v=35, dtype=HALF, group=2, gain=2),
+        Case(20, 300, head_dim=40, head_dim_v=64, dtype=HALF, is_causal=True),
+        Case(133, 200, head_dim=33, head_dim_v=35, dtype=HALF, group=2, gain=4),
     ],
     ids=["short", "unaligned"],
 )
 def test_no_access_out_of_bounds_and_no_race_by_entries(emulator: EmulatedLauncher, case: Case) -> None:
     request, dout = case.build(CPU)
-    assert_attention(ByEntries(emulator, emulator_of(2, is_checked=True), 3), request, dout)
+    checking = CupyBackend(launcher=emulator_of(2, is_checked=True), capability=HOPPER)
+    assert are_entry_tiles(checking, request).any()
+    assert_attention(checking, request, dout)
 
 
 # ---- on a GPU
