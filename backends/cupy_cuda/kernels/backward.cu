@@ -11,6 +11,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   constexpr int N = KEYS / 8;
   constexpr int ND = D / 8;
   constexpr int R = 2 * M;
+  // ds of a block is multiplied while the next one's scores are asked for, where there are registers for it.
+  constexpr bool OVERLAPS = WGMMA && PROGRAMS == 1;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   T* dout_tile = q_tile + BLOCK_M * D;
@@ -96,7 +98,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   for_listed<WARPS>(
       (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
       [&](int count) {
-        pipeline<STAGES, WGMMA>(
+        Packed<T, N> packed;
+        pipeline<STAGES, WGMMA, OVERLAPS ? 1 : 0>(
             count,
             [&](int i, int stage) {
               load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
@@ -118,11 +121,11 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
                   finish<1>(s);
                   shift(s, j, first);
                   finish<0>(ds);
+                  if constexpr (OVERLAPS) finish<0>(dq);
                   differentiate(ds, s);
-                  Packed<T, N> packed;
                   pack(packed, ds);
                   begin_accumulate(dq, packed, keys);
-                  finish<0>(dq);
+                  if constexpr (!OVERLAPS) finish<0>(dq);
                 } else {
                   clear(s);
                   clear(ds);
@@ -134,6 +137,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
                 }
               }
             });
+        if constexpr (OVERLAPS) finish<0>(dq);
       });
 
 #pragma unroll

@@ -242,12 +242,16 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     return STEP % 8 == 0 ? place_of<T, D>(row, chunk) + i * D : place_of<T, D>(row + i, chunk);
   };
   const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
-#pragma unroll 1
-  for (int chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>; chunk < CHUNKS<T, D>; chunk += THREADS) {
+  // Then there is nothing to look at.
+  const bool is_whole = ROWS % STEP == 0 && is_aligned && first >= low && first + ROWS <= high && width >= D;
+  auto load = [&](int chunk) {
     const int column = chunk * PER_CHUNK<T>;
     const T* from = base + first * stride + (row * stride + column);
     auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
-    if (is_aligned) {
+    if (is_whole) {
+#pragma unroll COPIES
+      for (int i = 0; i < ROWS; i += STEP) cp_async_16(tile + place(row, i, chunk), from + i * stride, true);
+    } else if (is_aligned) {
 #pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
@@ -264,6 +268,12 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
           to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
       }
     }
+  };
+  if constexpr (THREADS >= CHUNKS<T, D>) {
+    load(static_cast<int>(threadIdx.x) % CHUNKS<T, D>);
+  } else {
+#pragma unroll 1
+    for (int chunk = static_cast<int>(threadIdx.x); chunk < CHUNKS<T, D>; chunk += THREADS) load(chunk);
   }
 }
 

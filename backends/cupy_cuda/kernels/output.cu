@@ -36,6 +36,31 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
   return has_support;
 }
 
+// The same with p and w as left operands, 16 keys after the other so that few numbers are in registers at once.
+template <class T, int ALPHA, int N>
+__device__ __forceinline__ bool pack_weights(Weights<T, N>& weights, const float (&s)[1][N][4], float (&f)[2],
+                                             float (&g)[2], const float (&tau)[2], float c, float r) {
+  float added[2] = {};
+#pragma unroll
+  for (int step = 0; step < N / 2; step++) {
+    float p[1][2][4], w[1][2][4];
+#pragma unroll
+    for (int n = 0; n < 2; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        powers<ALPHA>(fmaxf(s[0][2 * step + n][e] * c - tau[e / 2], 0.0f), r, p[0][n][e], w[0][n][e]);
+        f[e / 2] += p[0][n][e];
+        added[e / 2] += w[0][n][e];
+      }
+    pack_fragments<T>(weights.p[step], p, 0);
+    pack_fragments<T>(weights.high[step], w, 0);
+    pack_rest<T>(weights.low[step], weights.high[step], w, 0);
+  }
+  g[0] += added[0];
+  g[1] += added[1];
+  return added[0] > 0 || added[1] > 0;
+}
+
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are
 // multiplied at once; values wider than DV are taken in parts.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
@@ -91,10 +116,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + from, list[i] * BLOCK_N, 0, tile.lengths.k,
                                        params.stride_vn, params.head_dim_v - from, params.aligned_v);
   };
-  // p and w from the scores p of KEYS keys of block j, from key `first` of the block on.
-  auto weigh_block = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first) {
-    if (j >= n_whole) mask_scores<M, N>(p, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
-    weigh<ALPHA>(p, w, tau, c, r);
+  auto mask = [&](float(&s)[M][N][4], int j, int first) {
+    if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
   };
   auto mark_live = [&](int i, bool has_support) {
     if (any_sync(has_support || has_bad) && params.live && lane_of() == 0)
@@ -104,7 +127,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
     clear(p);
     scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
-    weigh_block(p, w, j, first);
+    mask(p, j, first);
+    weigh<ALPHA>(p, w, tau, c, r);
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
@@ -119,13 +143,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     };
     if constexpr (WGMMA && PROGRAMS * WARPS > 8) {
       pipeline<STAGES, true>(count, load, [&](int i, int stage) {
-        float p[M][N][4], w[M][N][4];
-        begin_scores<T, D, N>(p, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
-        finish<0>(p);
-        weigh_block(p, w, list[i], 0);
-        mark_live(i, add_weights(f, g, p, w));
+        float s[M][N][4];
         Weights<T, N> weights;
-        pack_weights<T>(weights, p, w);
+        begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
+        finish<0>(s);
+        mask(s, list[i], 0);
+        mark_live(i, pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
         begin_accumulate_both<T, N, NV>(out, out1, weights, v_tiles + stage * BLOCK_N * DV);
         finish<0>(out);
         finish<0>(out1);
@@ -135,20 +158,21 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
       Weights<T, N> last;
       int before = 0;
       pipeline<STAGES, true, 1>(count, load, [&](int i, int stage) {
-        float p[M][N][4], w[M][N][4];
-        begin_scores<T, D, N>(p, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
+        float s[M][N][4];
+        Weights<T, N> weights;
+        begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
         if (i > 0) {
           begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);
-          finish<(DV > 64 ? 0 : 1)>(p);
+          finish<(DV > 64 ? 0 : 1)>(s);
         } else {
-          finish<0>(p);
+          finish<0>(s);
         }
         before = stage;
-        weigh_block(p, w, list[i], 0);
-        mark_live(i, add_weights(f, g, p, w));
+        mask(s, list[i], 0);
+        mark_live(i, pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
         finish<0>(out);
         finish<0>(out1);
-        pack_weights<T>(last, p, w);
+        last = weights;
       });
       if (count > 0) {
         begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);

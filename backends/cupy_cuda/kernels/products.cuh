@@ -120,7 +120,7 @@ __device__ __forceinline__ float (&eight_tiles(float (&acc)[1][N][4], int n))[8]
 // Chunks `chunk` and chunk + 1 of rows from `first` on, eight by eight.
 template <class T, int D>
 __device__ __forceinline__ unsigned long long rows_operand(const T* tile, int first, int chunk) {
-  return wgmma_operand(tile + place_of<T, D>(first, chunk), TILE_BYTES<T, D, 8>);
+  return wgmma_advance(wgmma_operand(tile, TILE_BYTES<T, D, 8>), place_of<T, D>(first, chunk) * static_cast<int>(sizeof(T)));
 }
 
 // acc = a b^T, a in registers.
@@ -301,7 +301,7 @@ __device__ __forceinline__ void pack(Packed<T, N>& packed, const float (&p)[1][N
 // Rows 16 step to 16 step + 15 of 64 columns from chunk n on, read by columns.
 template <class T, int D>
 __device__ __forceinline__ unsigned long long columns_operand(const T* tile, int step, int n) {
-  return wgmma_operand(tile + place_of<T, D>(16 * step, n), TILE_BYTES<T, D, 8>);
+  return wgmma_advance(wgmma_operand(tile, TILE_BYTES<T, D, 8>), place_of<T, D>(16 * step, n) * static_cast<int>(sizeof(T)));
 }
 
 template <class T, int N, int NV>
@@ -320,17 +320,6 @@ template <class T, int N>
 struct Weights {
   unsigned p[N / 2][1][4], high[N / 2][1][4], low[N / 2][1][4];
 };
-
-template <class T, int N>
-__device__ __forceinline__ void pack_weights(Weights<T, N>& weights, const float (&p)[1][N][4],
-                                             const float (&w)[1][N][4]) {
-#pragma unroll
-  for (int step = 0; step < N / 2; step++) {
-    pack_fragments<T>(weights.p[step], p, step);
-    pack_fragments<T>(weights.high[step], w, step);
-    pack_rest<T>(weights.low[step], weights.high[step], w, step);
-  }
-}
 
 template <class T, int N, int NV>
 __device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], float (&out1)[1][NV][4],

@@ -141,6 +141,11 @@ __device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, in
          smem_address(tile) >> 4;
 }
 
+// The operand so many bytes behind, a multiple of 16, without a carry into what is not the address.
+__device__ __forceinline__ unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
+  return (operand & ~0xffffffffULL) | (static_cast<unsigned>(operand) + static_cast<unsigned>(bytes >> 4));
+}
+
 template <class T>
 constexpr bool IS_BF16 = false;
 

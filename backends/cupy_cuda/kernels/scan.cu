@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(CHECK_THREADS) entmax_attn_check_keys(const Pa
   }
 }
 
-// How many maxima of groups of keys a thread keeps for each of its rows, and after how many blocks the bound is raised.
+// How many maxima of groups of keys a thread keeps for each of its rows, and after how many keys the bound is raised.
 constexpr int KEPT = 4;
-constexpr int BOUND_EVERY = 4;
+constexpr int BOUND_EVERY = 1024;
 
 // One Newton step towards tau of the kept maxima, a subset of the scores: a lower bound of tau.
 template <int ALPHA>
@@ -179,29 +179,32 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     __syncthreads();
   }
 
-  // The blocks that hold the diagonal, or the end of the keys, first: where attention is local, they give the bound.
-  const int n_whole = tile.everyone / BLOCK_N;
-  const int n_seen = (tile.anyone + BLOCK_N - 1) / BLOCK_N;
+  // Steps of KEYS keys. Those that hold the diagonal, or the end of the keys, first: where attention is local, they give
+  // the bound.
+  const int n_whole = tile.everyone / KEYS;
+  const int n_seen = (tile.anyone + KEYS - 1) / KEYS;
   const int n_masked = n_seen - n_whole;
-  const int nearest = params.is_causal ? n_whole - 1 : min(tile.first / BLOCK_N, n_whole - 1);
-  auto block_of = [&](int i) {
+  const int nearest = params.is_causal ? n_whole - 1 : min(tile.first / KEYS, n_whole - 1);
+  auto step_of = [&](int i) {
     if (i < n_masked) return n_whole + i;
-    const int j = nearest - (i - n_masked);
-    return j < 0 ? j + n_whole : j;
+    const int step = nearest - (i - n_masked);
+    return step < 0 ? step + n_whole : step;
   };
   float largest[BLOCKS][R];
 #pragma unroll
   for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
     for (int row = 0; row < R; row++) largest[block][row] = -infinity();
-  auto take_maxima = [&](float(&largest)[R], float(&s)[M][N][4], int i) {
-    if (i < n_masked) mask_scores<M, N>(s, tile.first, block_of(i) * BLOCK_N, tile.lengths, params.is_causal);
+  auto take_maxima = [&](int block, float(&s)[M][N][4], int i) {
+    if (i < n_masked)
+      mask_scores<M, N>(s, tile.first, step_of(i) * KEYS + block * BLOCK_N, tile.lengths, params.is_causal);
 #pragma unroll
     for (int row = 0; row < R; row++) {
-      largest[row] = -infinity();
+      largest[block][row] = -infinity();
 #pragma unroll
       for (int n = 0; n < N; n++)
-        largest[row] = fmaxf(largest[row], fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
+        largest[block][row] =
+            fmaxf(largest[block][row], fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
     }
   };
   bool has_news = false;  // for the bound
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       for (int row = 0; row < R; row++) is_above |= largest[block][row] * c > tau[row];
       // What lies below the bound has no part in it.
       if (any_sync(is_above)) {
-        const int j = block_of(i + block);
+        const int j = step_of(i) * BLOCKS + block;
         if (lane_of() == 0) atomic_or(words + j / WORD, 1u << (j % WORD));
         has_news = true;
 #pragma unroll
@@ -226,7 +229,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
           }
       }
     }
-    if (has_news && (i % BOUND_EVERY == 0 || i < n_masked)) {
+    if (has_news && (i % (BOUND_EVERY / KEYS) == 0 || i < n_masked)) {
       has_news = false;
 #pragma unroll
       for (int row = 0; row < R; row++) {
@@ -236,15 +239,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     }
   };
   pipeline<STAGES, WGMMA>(
-      (n_seen + BLOCKS - 1) / BLOCKS,
+      n_seen,
       [&](int i, int stage) {
-#pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
-          // No key is behind the last block: zeros.
-          const int j = i * BLOCKS + block < n_seen ? block_of(i * BLOCKS + block) : params.n_blocks;
-          load_tile<T, D, BLOCK_N, THREADS>(k_tiles + (stage * BLOCKS + block) * BLOCK_N * D, k, j * BLOCK_N, 0,
-                                            tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
-        }
+        load_tile<T, D, KEYS, THREADS>(k_tiles + stage * KEYS * D, k, step_of(i) * KEYS, 0, tile.lengths.k,
+                                       params.stride_kn, params.head_dim, params.aligned_k);
       },
       [&](int i, int stage) {
         const T* keys = k_tiles + stage * KEYS * D;
@@ -254,16 +252,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
           for (int block = 0; block < BLOCKS; block++)
             begin_scores<T, D, N>(s[block], fragments, keys + block * BLOCK_N * D);
           // The products go on meanwhile.
-          use_maxima((i - 1) * BLOCKS);
+          use_maxima(i - 1);
           finish<BLOCKS - 1>(s[0]);
-          take_maxima(largest[0], s[0], i * BLOCKS);
+          take_maxima(0, s[0], i);
           if constexpr (BLOCKS == 2) {
             finish<0>(s[1]);
-            take_maxima(largest[1], s[1], i * BLOCKS + 1);
-            if (i * BLOCKS + 1 == n_seen) {
-#pragma unroll
-              for (int row = 0; row < R; row++) largest[1][row] = -infinity();
-            }
+            take_maxima(1, s[1], i);
           }
         } else {
           clear(s[0]);
@@ -272,11 +266,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
           } else {
             scores<T, D, M, N>(s[0], q_tile, warp_of() * 16 * M, keys);
           }
-          take_maxima(largest[0], s[0], i);
+          take_maxima(0, s[0], i);
           use_maxima(i);
         }
       });
-  if constexpr (WGMMA) use_maxima((n_seen - 1) / BLOCKS * BLOCKS);
+  if constexpr (WGMMA) use_maxima(n_seen - 1);
 
   int* bins = reinterpret_cast<int*>(smem);
 #pragma unroll
@@ -293,10 +287,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     if (lane_of() % 4 == 0 && tile.first + row < params.seqlen_q) params.tau[tile.row + tile.first + row] = tau[i];
   }
   const bool has_bad = block_max<WARPS>(bad != 0 ? 1.0f : 0.0f, scratch) > 0;
+  const int n_listed = (tile.anyone + BLOCK_N - 1) / BLOCK_N;
   int count = 0;
-  for (int first = 0; first < n_seen; first += THREADS) {
+  for (int first = 0; first < n_listed; first += THREADS) {
     const int j = first + static_cast<int>(threadIdx.x);
-    const bool is_listed = j < n_seen && (has_bad || bit_of(words, j));
+    const bool is_listed = j < n_listed && (has_bad || bit_of(words, j));
     const int at = compact<WARPS>(is_listed, count, reinterpret_cast<int*>(scratch));
     if (is_listed) list[at] = j;
   }

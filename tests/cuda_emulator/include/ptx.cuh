@@ -144,6 +144,9 @@ inline void wgmma_pin(float (&)[8][4]) {}
 inline unsigned long long wgmma_operand(const void* tile, int stride, EMULATOR_SITE) {
     return emulator::operand(tile, stride, site);
 }
+inline unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
+    return (operand & ~0xffffffffULL) | (unsigned(operand) + unsigned(bytes >> 4));
+}
 template <class T>
 inline void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
     emulator::begin_step({d[0], {}, a, b, true, false, std::is_same_v<T, bf16>, adds}, site);
