@@ -204,7 +204,9 @@ def test_configurations_fit_the_devices() -> None:
         for name in ("scan", "refine", "output", "dq", "dkv"):
             assert shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
             launch = getattr(config, name)
-            rows = {"dkv": config.block_n, "output": config.block_m // config.parts}.get(name, config.block_m)
+            rows = config.block_n if name == "dkv" else config.block_m
+            if name in ("output", "dq"):
+                rows //= config.parts(name)
             assert rows % (16 * launch.warps) == 0
             columns = config.block_m if name == "dkv" else config.block_n
             assert (launch.columns % columns if name == "scan" else columns % launch.columns) == 0
@@ -259,8 +261,9 @@ def test_launches_of_a_call() -> None:
         *("entmax_attn_bwd_dkv", "entmax_attn_bwd_dkv_entries"),
     ]
     assert check.grid == (2 * 3 * 4, 1, 1)
-    assert scan.grid == refine.grid == dq.grid == dq_entries.grid == (2 * 6 * tiles, 1, 1)
-    assert output.grid == (2 * 6 * tiles * config.parts, 1, 1)
+    assert scan.grid == refine.grid == dq_entries.grid == (2 * 6 * tiles, 1, 1)
+    assert output.grid == (2 * 6 * tiles * config.parts("output"), 1, 1)
+    assert dq.grid == (2 * 6 * tiles * config.parts("dq"), 1, 1)
     assert dkv_entries.grid == dkv.grid == (2 * 3 * blocks, 1, 1)
     names = ("scan", "refine", "output", "dq", "dq_entries", "dkv", "dkv_entries")
     for name, launch in zip(names, recorder.launches[1:], strict=True):

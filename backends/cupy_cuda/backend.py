@@ -337,7 +337,7 @@ class CupyBackend:
         self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
         refine = (alpha, config.entries)
         self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, *refine)
-        programs *= config.parts
+        programs *= config.parts("output")
         self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
         return AttentionResult(out, tau, saved)
 
@@ -366,7 +366,8 @@ class CupyBackend:
                 | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha, "transposed": transposed},
             )
             alpha = call.alpha_class
-            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", call.programs, record, alpha, dalpha is not None)
+            programs = call.programs * call.config.parts("dq")
+            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, dalpha is not None)
             if call.has_entries:
                 self._launch_entries(call, "dq_entries", call.programs, record, alpha, dalpha is not None)
             blocks = request.batch * request.heads_kv * call.n_blocks

@@ -82,10 +82,10 @@ class Config:
     dkv: Launch
     entries: bool = False
 
-    @property
-    def parts(self) -> int:
-        """Programs of the output kernel to a tile: a warp of a warpgroup multiplies 16 rows."""
-        return self.block_m // (16 * self.output.warps) if self.output.wgmma else 1
+    def parts(self, stage: str) -> int:
+        """Programs of the output or the dq kernel to a tile: a warp of a warpgroup multiplies 16 rows."""
+        launch: Launch = getattr(self, stage)
+        return self.block_m // (16 * launch.warps) if launch.wgmma else 1
 
 
 def head_class(head_dim: int, head_dim_v: int) -> int:
@@ -132,9 +132,9 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
             return SCRATCH + max(tile, launch.stages * block) + listed
         return SCRATCH + tile + launch.stages * block
     if kernel == "output":
-        return SCRATCH + tile // config.parts + launch.stages * (block + config.block_n * row_v) + staging
+        return SCRATCH + tile // config.parts(kernel) + launch.stages * (block + config.block_n * row_v) + staging
     if kernel == "dq":
-        return SCRATCH + LIST + 2 * tile + launch.stages * 2 * block + staging
+        return SCRATCH + LIST + 2 * tile // config.parts(kernel) + launch.stages * 2 * block + staging
     part = launch.columns * (2 * row + 2 * 4)
     return SCRATCH + LIST + 2 * block + launch.stages * part + staging
 

@@ -7,22 +7,23 @@ template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int 
           int PROGRAMS, bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) entmax_attn_bwd_dq(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int M = WGMMA ? 1 : BLOCK_M / (16 * WARPS);
+  constexpr int ROWS = 16 * M * WARPS;
   constexpr int N = KEYS / 8;
   constexpr int ND = D / 8;
   constexpr int R = 2 * M;
   // ds of a block is multiplied while the next one's scores are asked for, where there are registers for it.
-  constexpr bool OVERLAPS = WGMMA && PROGRAMS == 1;
+  constexpr bool OVERLAPS = WGMMA && STAGES > 2 && PROGRAMS * WARPS <= 12;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  T* dout_tile = q_tile + BLOCK_M * D;
-  T* k_tiles = dout_tile + BLOCK_M * D;
+  T* dout_tile = q_tile + ROWS * D;
+  T* k_tiles = dout_tile + ROWS * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
   int* scratch = reinterpret_cast<int*>(v_tiles + STAGES * BLOCK_N * D);
   int* list = scratch + 32;
   float* staging = reinterpret_cast<float*>(list + LIST_ENTRIES) + warp_of() * STAGING<M, N>;
 
-  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -33,14 +34,14 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   const Rows rows = rows_that_see(tile.lengths, params.is_causal);
   const int n_whole = tile.everyone / BLOCK_N;
 
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, rows.low, rows.high, params.stride_qm, params.head_dim,
+  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, rows.low, rows.high, params.stride_qm, params.head_dim,
                                     params.aligned_q);
-  load_tile<T, D, BLOCK_M, THREADS>(dout_tile, dout, tile.first, rows.low, rows.high, params.stride_om,
+  load_tile<T, D, ROWS, THREADS>(dout_tile, dout, tile.first, rows.low, rows.high, params.stride_om,
                                     params.head_dim_v, params.aligned_o);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
   float tau[R], delta[R];
   AlphaSums sums[R];
