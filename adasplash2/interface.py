@@ -139,7 +139,7 @@ def explain(
     if _is_softmax(request):
         reason = (f"got alpha={request.alpha}; needs alpha in (1, 2]",)
         return Explanation("scaled_dot_product_attention", dict.fromkeys(registry.names(), reason))
-    return registry.explain(request, backend, registry.candidates())
+    return registry.explain(request, backend, registry.candidates(request))
 
 
 def support(

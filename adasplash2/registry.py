@@ -58,13 +58,14 @@ class Candidate:
 class _Entry:
     source: str | Backend
     devices: tuple[str, ...]
+    # A module whose leads(request) says, by what was measured, whether "auto" asks this backend before all others.
+    measured: str | None = None
 
 
 # "auto" asks in this order.
 _entries: dict[str, _Entry] = {
     "triton": _Entry("adasplash2.backends.triton_gpu", ("cuda",)),
-    # Behind triton, which is faster wherever both were measured.
-    "cupy": _Entry("adasplash2.backends.cupy_cuda", ("cuda",)),
+    "cupy": _Entry("adasplash2.backends.cupy_cuda", ("cuda",), "adasplash2.backends.cupy_cuda.config"),
     "numba": _Entry("adasplash2.backends.numba_cpu", ("cpu",)),
     "reference": _Entry("adasplash2.backends.reference", ()),
 }
@@ -113,9 +114,25 @@ def names() -> tuple[str, ...]:
     return tuple(_entries)
 
 
-def candidates() -> Iterator[Candidate]:
-    """All backends in the order in which "auto" asks them, each imported only when the iteration reaches it."""
-    return (find(name) for name in names())
+def candidates(request: Request | None = None) -> Iterator[Candidate]:
+    """All backends in the order in which "auto" asks them, each imported only when the iteration reaches it.
+
+    Args:
+        request: the call, for which one that was measured to be faster comes first.
+    """
+    return (find(name) for name in (names() if request is None else _order(request)))
+
+
+def _order(request: Request) -> tuple[str, ...]:
+    leading = [name for name, entry in _entries.items() if entry.measured and _leads(entry, request)]
+    return (*leading, *(name for name in _entries if name not in leading)) if leading else names()
+
+
+def _leads(entry: _Entry, request: Request) -> bool:
+    if request.device.type not in entry.devices or entry.measured is None or isinstance(request, EntmaxRequest):
+        return False
+    leads: bool = importlib.import_module(entry.measured).leads(request)
+    return leads
 
 
 def available_backends() -> dict[str, str | None]:
@@ -134,12 +151,12 @@ def resolve(request: Request, name: str) -> Backend:
     if name != "auto":
         return select(request, name, (find(name),))
     device = request.device.type
-    for known, entry in _entries.items():
-        if device in entry.devices:
+    for known in _order(request):
+        if device in _entries[known].devices:
             candidate = find(known)
             if not _reasons(candidate, request, name) and not isinstance(candidate.backend, str):
                 return candidate.backend
-    return select(request, name, candidates())
+    return select(request, name, candidates(request))
 
 
 def select(request: Request, name: str, candidates: Iterable[Candidate]) -> Backend:

@@ -28,6 +28,7 @@ from adasplash2.backends.cupy_cuda.config import (
     SHARED_MEMORY,
     configure,
     head_class,
+    leads,
     shared_memory,
 )
 from adasplash2.contract import AttentionRequest, EntmaxRequest
@@ -124,6 +125,24 @@ def test_what_is_refused() -> None:
     assert CupyBackend().unsupported_reasons(request_of()) == ("got a tensor on cpu; needs one on cuda",)
     (reason,) = CupyBackend().entmax_unsupported_reasons(EntmaxRequest(torch.zeros(2, 3)))
     assert reason == "got a tensor on cpu; needs one on cuda"
+
+
+def test_where_it_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    def is_first(seqlen_q: int, seqlen_k: int, head_dim: int = 64, dtype: torch.dtype = BF16) -> bool:
+        q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device="meta") for n in (seqlen_q, seqlen_k))
+        return leads(AttentionRequest(q, k, k, scale=1.0))
+
+    capability = (9, 0)
+    assert is_first(16_384, 20_000)
+    assert is_first(30_000, 16_384, 128, HALF)
+    assert not is_first(16_383, 20_000)
+    assert not is_first(1, 65_536)
+    assert not is_first(20_000, 20_000, 129)
+    assert not is_first(20_000, 20_000, dtype=FLOAT)
+    capability = (8, 0)
+    assert not is_first(20_000, 20_000)
 
 
 def test_what_turing_and_older_devices_are_refused() -> None:

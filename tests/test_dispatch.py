@@ -273,6 +273,22 @@ class TestRegistry:
         assert registry.resolve(request_with(), "auto") is first
         assert "second" not in registry._found
 
+    def test_auto_asks_the_one_that_was_measured_to_be_faster_first(self, fakes, monkeypatch):
+        fakes("first")
+        second = fakes("second")
+        measured = types.SimpleNamespace(leads=lambda request: request.seqlen_q > 3)
+        monkeypatch.setitem(sys.modules, "measurements", measured)
+        registry._entries["second"] = registry._Entry(second, ("cpu",), "measurements")
+        long, short = (torch.zeros(1, 1, n, 1) for n in (4, 3))
+        for q, expected in ((long, "second"), (short, "first")):
+            request = AttentionRequest(q, q, q, scale=1.0)
+            assert registry.resolve(request, "auto").name == expected
+            assert registry.resolve(request, "first").name == "first"
+            explanation = adasplash2.explain(q, q, q, backend="auto")
+            assert explanation.chosen == next(iter(explanation.reasons)) == expected
+        second.reasons = ("got long; needs short",)
+        assert registry.resolve(AttentionRequest(long, long, long, scale=1.0), "auto").name == "first"
+
     def test_registering_again_replaces_in_place(self, fakes):
         fakes("a", unavailable="no driver")
         fakes("b")

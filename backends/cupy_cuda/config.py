@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Config", "Launch", "configure", "head_class", "shared_memory"]
+from adasplash2.contract import AttentionRequest
+
+__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Config", "Launch", "configure", "head_class", "leads", "shared_memory"]
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications); a newer device gets what the nearest older one here has.
@@ -30,6 +32,7 @@ CAPABILITIES = tuple(SHARED_MEMORY)
 SCRATCH = 128  # bytes that each kernel has for reductions
 LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
+LONG = 16_384  # queries and keys
 
 WARP_ENTRIES = 1024  # above the bound of tau that a warp has room for (refine.cu)
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
@@ -86,6 +89,17 @@ class Config:
         """Programs of the output or the dq kernel to a tile: a warp of a warpgroup multiplies 16 rows."""
         launch: Launch = getattr(self, stage)
         return self.block_m // (16 * launch.warps) if launch.wgmma else 1
+
+
+def leads(request: AttentionRequest) -> bool:
+    """Whether it was faster than the Triton backend in all that was measured of such calls (docs/performance.md)."""
+    return (
+        request.seqlen_q >= LONG
+        and request.seqlen_k >= LONG
+        and request.q.dtype.itemsize == 2
+        and max(request.head_dim, request.head_dim_v) <= 128
+        and torch.cuda.get_device_capability(request.device) == (9, 0)
+    )
 
 
 def head_class(head_dim: int, head_dim_v: int) -> int:
