@@ -139,7 +139,8 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     staging = 0 if dtype.itemsize == 2 else launch.warps * 16 * (launch.columns + 4) * 4
     if kernel == "scan":
         ring = launch.stages * launch.columns * row
-        return SCRATCH + (max(tile, ring) if dtype.itemsize == 2 and config.head <= 128 else tile + ring)
+        in_registers = dtype.itemsize == 2 and config.head <= 128 and config.head * launch.columns <= 8192
+        return SCRATCH + (max(tile, ring) if in_registers else tile + ring)
     if kernel == "refine":
         if launch.wgmma:
             listed = launch.warps * WARP_ENTRIES * 8 if config.entries else 0
@@ -269,7 +270,7 @@ _HALF_OF_ONE = {
         128,
         128,
         64,
-        Launch(8, 64, 4, 2, True),
+        Launch(8, 128, 2, 2, True),
         Launch(8, 64, 3, 2, True),
         Launch(4, 64, 3, 2, True),
         Launch(8, 64, 4, 1, True),

@@ -111,11 +111,15 @@ __device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int fi
 
 // ---- by wgmma: a warpgroup's 64 rows, 16 of each warp; under way on return
 
-template <int N>
-__device__ __forceinline__ float (&eight_tiles(float (&acc)[1][N][4], int n))[8][4] {
-  static_assert(N % 8 == 0);
-  return reinterpret_cast<float(&)[8][4]>(acc[0][n]);
+template <int TILES = 8, int N>
+__device__ __forceinline__ float (&tiles_of(float (&acc)[1][N][4], int n))[TILES][4] {
+  static_assert(N % TILES == 0);
+  return reinterpret_cast<float(&)[TILES][4]>(acc[0][n]);
 }
+
+// Column tiles of a product with rows: the more, the less often its left operand is read.
+template <int N>
+constexpr int ROW_TILES = N % 16 == 0 ? 16 : 8;
 
 // Chunks `chunk` and chunk + 1 of rows from `first` on, eight by eight.
 template <class T, int D>
@@ -128,10 +132,10 @@ template <class T, int D, int N>
 __device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Fragments<T, D, 1>& a, const T* b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += 8)
+  for (int n = 0; n < N; n += ROW_TILES<N>)
 #pragma unroll
     for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(eight_tiles(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+      wgmma_rows<T>(tiles_of<ROW_TILES<N>>(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
   wgmma_commit();
 }
 
@@ -140,10 +144,10 @@ template <class T, int D, int N>
 __device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const T* a, int first_row, const T* b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += 8)
+  for (int n = 0; n < N; n += ROW_TILES<N>)
 #pragma unroll
     for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(eight_tiles(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
+      wgmma_rows<T>(tiles_of<ROW_TILES<N>>(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
                     rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
   wgmma_commit();
 }
@@ -156,7 +160,7 @@ template <int LEFT, int N>
 __device__ __forceinline__ void finish(float (&acc)[1][N][4]) {
   wgmma_wait<LEFT>();
 #pragma unroll
-  for (int n = 0; n < N; n += 8) wgmma_pin(eight_tiles(acc, n));
+  for (int n = 0; n < N; n += ROW_TILES<N>) wgmma_pin(tiles_of<ROW_TILES<N>>(acc, n));
 }
 
 // Left operand from results: columns 16 step to 16 step + 15.
@@ -311,7 +315,7 @@ __device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const P
   for (int step = 0; step < N / 2; step++)
 #pragma unroll
     for (int n = 0; n < NV; n += 8)
-      wgmma_columns<T>(eight_tiles(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
+      wgmma_columns<T>(tiles_of(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
   wgmma_commit();
 }
 
@@ -330,9 +334,9 @@ __device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], fl
 #pragma unroll
     for (int n = 0; n < NV; n += 8) {
       const unsigned long long operand = columns_operand<T, 8 * NV>(v, step, n);
-      wgmma_columns<T>(eight_tiles(out, n), weights.p[step][0], operand, true);
-      wgmma_columns<T>(eight_tiles(out1, n), weights.high[step][0], operand, true);
-      wgmma_columns<T>(eight_tiles(out1, n), weights.low[step][0], operand, true);
+      wgmma_columns<T>(tiles_of(out, n), weights.p[step][0], operand, true);
+      wgmma_columns<T>(tiles_of(out1, n), weights.high[step][0], operand, true);
+      wgmma_columns<T>(tiles_of(out1, n), weights.low[step][0], operand, true);
     }
   wgmma_commit();
 }

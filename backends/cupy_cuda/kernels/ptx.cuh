@@ -118,11 +118,17 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 #define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
 #define ADDS "r"(static_cast<int>(adds))
 #define SUMS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-#define WGMMA(type, operands, transposes)                                                                             \
-  "{\n.reg .pred adds;\nsetp.ne.b32 adds, %32, 0;\n"                                                                  \
-  "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type                                                         \
-  " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-  "%24, %25, %26, %27, %28, %29, %30, %31}, " operands ", adds, 1, 1, " transposes ";\n}"
+#define SUMS_128 SUMS, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+#define NAMES \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_128 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, " \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define WGMMA(columns, type, names, adds, operands, transposes)                                                    \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type \
+  "." type " {" names "}, " operands ", adds, 1, 1, " transposes ";\n}"
 
 // Until at most N of the warpgroup's youngest groups are under way.
 template <int N>
@@ -132,6 +138,8 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // The sums are read after this alone.
 __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : SUMS); }
+
+__device__ __forceinline__ void wgmma_pin(float (&d)[16][4]) { asm volatile("" : SUMS_128); }
 
 // How wgmma finds an operand: `stride` bytes from each eight rows to the next ones. Since no operand is wider than the
 // 128 bytes of the swizzle, the offset in the other direction counts for nothing.
@@ -152,13 +160,29 @@ constexpr bool IS_BF16 = false;
 template <>
 constexpr bool IS_BF16<bf16> = true;
 
-// d = a b^T of 16 columns, added to d if `adds`. a in shared memory, or in registers as mma.sync takes it.
+// d = a b^T of 16 columns, added to d if `adds`; 64 rows of b, or 128. a in shared memory, or in registers as mma.sync
+// takes it.
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds) {
   if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("bf16", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
+    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
   } else {
-    asm volatile(WGMMA("f16", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
+    asm volatile(WGMMA("64", "f16", NAMES, "%32", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], unsigned long long a, unsigned long long b, bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "%65, %66", "0, 0")
+                 : SUMS_128
+                 : ADDS, "l"(a), "l"(b)
+                 : "memory");
+  } else {
+    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "%65, %66", "0, 0")
+                 : SUMS_128
+                 : ADDS, "l"(a), "l"(b)
+                 : "memory");
   }
 }
 
@@ -167,9 +191,30 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long 
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
   if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("bf16", "{%33, %34, %35, %36}, %37", "0") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "0")
+                 : SUMS
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
   } else {
-    asm volatile(WGMMA("f16", "{%33, %34, %35, %36}, %37", "0") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+    asm volatile(WGMMA("64", "f16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "0")
+                 : SUMS
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0")
+                 : SUMS_128
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
+  } else {
+    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0")
+                 : SUMS_128
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
   }
 }
 
@@ -178,14 +223,23 @@ template <class T>
 __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b,
                                               bool adds) {
   if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("bf16", "{%33, %34, %35, %36}, %37", "1") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "1")
+                 : SUMS
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
   } else {
-    asm volatile(WGMMA("f16", "{%33, %34, %35, %36}, %37", "1") : SUMS : ADDS, ROWS, "l"(b) : "memory");
+    asm volatile(WGMMA("64", "f16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "1")
+                 : SUMS
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
   }
 }
 
 #undef FOUR
 #undef SUMS
+#undef SUMS_128
+#undef NAMES
+#undef NAMES_128
 #undef WGMMA
 #undef ADDS
 #undef ROWS

@@ -118,11 +118,10 @@ template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, i
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
-  constexpr int N = BLOCK_N / 8;
+  constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
-  constexpr bool IN_REGISTERS = IS_HALF<T> && D <= 128;
+  constexpr bool IN_REGISTERS = IS_HALF<T> && D <= 128 && D * KEYS <= 8192;
   constexpr int BLOCKS = KEYS / BLOCK_N;
-  static_assert(WGMMA ? BLOCKS <= 2 : BLOCKS == 1);
   constexpr int RING = STAGES * KEYS * D;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
@@ -195,17 +194,20 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
     for (int row = 0; row < R; row++) largest[block][row] = -infinity();
-  auto take_maxima = [&](int block, float(&s)[M][N][4], int i) {
-    if (i < n_masked)
-      mask_scores<M, N>(s, tile.first, step_of(i) * KEYS + block * BLOCK_N, tile.lengths, params.is_causal);
+  auto take_maxima = [&](float(&s)[M][N][4], int i) {
+    if (i < n_masked) mask_scores<M, N>(s, tile.first, step_of(i) * KEYS, tile.lengths, params.is_causal);
 #pragma unroll
-    for (int row = 0; row < R; row++) {
-      largest[block][row] = -infinity();
+    for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
-      for (int n = 0; n < N; n++)
-        largest[block][row] =
-            fmaxf(largest[block][row], fmaxf(s[row / 2][n][row % 2 * 2], s[row / 2][n][row % 2 * 2 + 1]));
-    }
+      for (int row = 0; row < R; row++) {
+        float& maximum = largest[block][row];
+        maximum = -infinity();
+#pragma unroll
+        for (int i = 0; i < N / BLOCKS; i++) {
+          const float* pair = s[row / 2][block * (N / BLOCKS) + i] + row % 2 * 2;
+          maximum = fmaxf(maximum, fmaxf(pair[0], pair[1]));
+        }
+      }
   };
   bool has_news = false;  // for the bound
   auto use_maxima = [&](int i) {
@@ -246,27 +248,25 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       },
       [&](int i, int stage) {
         const T* keys = k_tiles + stage * KEYS * D;
-        float s[BLOCKS][M][N][4];
+        float s[M][N][4];
         if constexpr (WGMMA) {
-#pragma unroll
-          for (int block = 0; block < BLOCKS; block++)
-            begin_scores<T, D, N>(s[block], fragments, keys + block * BLOCK_N * D);
-          // The products go on meanwhile.
-          use_maxima(i - 1);
-          finish<BLOCKS - 1>(s[0]);
-          take_maxima(0, s[0], i);
-          if constexpr (BLOCKS == 2) {
-            finish<0>(s[1]);
-            take_maxima(1, s[1], i);
-          }
-        } else {
-          clear(s[0]);
           if constexpr (IN_REGISTERS) {
-            scores<T, D, M, N>(s[0], fragments, keys);
+            begin_scores<T, D, N>(s, fragments, keys);
           } else {
-            scores<T, D, M, N>(s[0], q_tile, warp_of() * 16 * M, keys);
+            begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
           }
-          take_maxima(0, s[0], i);
+          // The product goes on meanwhile.
+          use_maxima(i - 1);
+          finish<0>(s);
+          take_maxima(s, i);
+        } else {
+          clear(s);
+          if constexpr (IN_REGISTERS) {
+            scores<T, D, M, N>(s, fragments, keys);
+          } else {
+            scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+          }
+          take_maxima(s, i);
           use_maxima(i);
         }
       });

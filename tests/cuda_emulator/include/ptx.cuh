@@ -50,9 +50,10 @@ struct Vote {
     unsigned result;
 };
 
-// A step of a product by wgmma: 64 x 64 sums of a warpgroup from 16 columns of a and 16 rows of b^T, or of b.
+// A step of a product by wgmma: 64 x `columns` sums of a warpgroup from 16 columns of a and 16 rows of b^T, or of b.
 struct Step {
     float* d;
+    int columns;
     unsigned a[4];
     uint64_t a_operand, b_operand;
     bool a_is_shared, b_is_by_columns, is_bf16, adds;
@@ -140,24 +141,26 @@ template <int N>
 inline void wgmma_wait(EMULATOR_SITE) {
     emulator::wait_for_steps(N, site);
 }
-inline void wgmma_pin(float (&)[8][4]) {}
+template <int N>
+inline void wgmma_pin(float (&)[N][4]) {}
 inline unsigned long long wgmma_operand(const void* tile, int stride, EMULATOR_SITE) {
     return emulator::operand(tile, stride, site);
 }
 inline unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
     return (operand & ~0xffffffffULL) | (unsigned(operand) + unsigned(bytes >> 4));
 }
-template <class T>
-inline void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], {}, a, b, true, false, std::is_same_v<T, bf16>, adds}, site);
+template <class T, int N>
+inline void wgmma_rows(float (&d)[N][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {}, a, b, true, false, std::is_same_v<T, bf16>, adds}, site);
 }
-template <class T>
-inline void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], {a[0], a[1], a[2], a[3]}, 0, b, false, false, std::is_same_v<T, bf16>, adds}, site);
+template <class T, int N>
+inline void wgmma_rows(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, std::is_same_v<T, bf16>, adds},
+                         site);
 }
 template <class T>
 inline void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds}, site);
+    emulator::begin_step({d[0], 64, {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds}, site);
 }
 
 inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }

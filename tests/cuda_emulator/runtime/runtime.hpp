@@ -14,6 +14,7 @@
 
 namespace emulator {
 
+constexpr int MAX_COLUMNS = 128;  // of a step of wgmma
 constexpr int MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / 32;
 constexpr int64_t MAX_SHARED = 1 << 20;
 
@@ -51,9 +52,11 @@ struct Copy {
 };
 
 struct StepUnderWay : Step {
-    float before[32];
+    float before[MAX_COLUMNS / 2];
     bool is_first;  // of those under way that change these sums
     int group;
+
+    std::size_t bytes() const { return std::size_t(columns) / 2 * sizeof(float); }  // of a thread's sums
 };
 
 enum class State { running, waiting, ended };

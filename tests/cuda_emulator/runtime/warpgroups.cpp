@@ -47,8 +47,8 @@ void hide_sums(std::vector<StepUnderWay>& steps, std::size_t i) {
         if (steps[other].d == steps[i].d) return;
     StepUnderWay& step = steps[i];
     step.is_first = true;
-    std::memcpy(step.before, step.d, sizeof step.before);
-    std::memset(step.d, 0xff, sizeof step.before);
+    std::memcpy(step.before, step.d, step.bytes());
+    std::memset(step.d, 0xff, step.bytes());
 }
 
 // A warp's 16 rows of a step.
@@ -56,10 +56,10 @@ void multiply(void* const* lanes, std::size_t i) {
     auto step_of = [=](int lane) -> StepUnderWay& { return static_cast<Fiber*>(lanes[lane])->steps[i]; };
     const StepUnderWay& step = step_of(0);
     const Fiber& first = *static_cast<Fiber*>(lanes[0]);
-    float a[16][16], b[16][64];
+    float a[16][16], b[16][MAX_COLUMNS];
     const Operand b_operand(step.b_operand);
     for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < 64; ++n)
+        for (int n = 0; n < step.columns; ++n)
             b[k][n] = widened(step.b_is_by_columns ? b_operand.at(k, n) : b_operand.at(n, k), step.is_bf16);
     if (step.a_is_shared) {
         const Operand a_operand(step.a_operand);
@@ -71,14 +71,14 @@ void multiply(void* const* lanes, std::size_t i) {
                 a[lane / 4 + e / 2 % 2 * 8][lane % 4 * 2 + e % 2 + e / 4 * 8] =
                     widened((unsigned short)(step_of(lane).a[e / 2] >> 16 * (e % 2)), step.is_bf16);
     }
-    float d[16][64] = {};
+    float d[16][MAX_COLUMNS] = {};
     for (int row = 0; row < 16; ++row)
         for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < 64; ++n) d[row][n] += a[row][k] * b[k][n];
+            for (int n = 0; n < step.columns; ++n) d[row][n] += a[row][k] * b[k][n];
     for (int lane = 0; lane < 32; ++lane) {
         StepUnderWay& own = step_of(lane);
-        if (own.is_first) std::memcpy(own.d, own.before, sizeof own.before);
-        for (int e = 0; e < 32; ++e) {
+        if (own.is_first) std::memcpy(own.d, own.before, own.bytes());
+        for (int e = 0; e < step.columns / 2; ++e) {
             float sum = d[lane / 4 + e / 2 % 2 * 8][e / 4 * 8 + lane % 4 * 2 + e % 2];
             own.d[e] = own.adds ? own.d[e] + sum : sum;
         }
