@@ -13,7 +13,7 @@ from strategies import Case
 
 from adasplash2 import registry
 from adasplash2.contract import AttentionRequest, EntmaxRequest
-from adasplash2.testing import assert_close, attention_truth, run_attention
+from adasplash2.testing import assert_attention, assert_close, attention_truth, run_attention
 
 triton = pytest.importorskip("triton")
 
@@ -202,13 +202,82 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
         assert {name for name in others if name.islower()} <= {"alpha", "scale", "target"}
 
 
-@pytest.mark.parametrize("init", ["maxima", "histogram"])
-def test_initialisations(init: Any) -> None:
-    """Both give a lower bound, so the results agree to rounding."""
+def device_here() -> torch.device:
+    """Where the kernels run; skips where they do not."""
     candidate = registry.find("triton")
     if isinstance(candidate.backend, str):
         pytest.skip(candidate.backend)
-    device = torch.device("cpu" if is_interpreted else "cuda")
+    return torch.device("cpu" if is_interpreted else "cuda")
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """Every launch runs, and is recorded with how many programs it had."""
+    found: list[tuple[int, dict[str, Any]]] = []
+    launch_as_shipped = backend._launch
+
+    def record(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> None:
+        found.append((programs, arguments))
+        launch_as_shipped(kernel, programs, launch, **arguments)
+
+    monkeypatch.setattr(backend, "_launch", record)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "is_left"),
+    [
+        (Case(16, 4200, head_dim=64, head_dim_v=64, dtype=HALF), False),
+        (Case(4, 4200, head_dim=64, head_dim_v=64, group=4, dtype=HALF, is_causal=True), False),
+        (Case(1, 4200, head_dim=64, head_dim_v=64, kind="topics", dtype=HALF), False),
+        (Case(1, 2100, head_dim=64, kind="equal", dtype=HALF), True),
+    ],
+    ids=lambda value: value if isinstance(value, bool) else f"{value.kind}-{value.seqlen_q}x{value.group}",
+)
+def test_what_decoding_leaves_to_the_other_kernels(
+    case: Case, is_left: bool, watched: list[tuple[int, dict[str, Any]]]
+) -> None:
+    """Heads in which a row has more keys above its bound than its list holds; also, buffers have no unused rows."""
+    request, _ = case.build(device_here())
+    TritonBackend().forward(request)
+    (maxima, flags) = next((a["MAXIMA"], a["FLAGS"]) for _, a in watched if "MAXIMA" in a)
+    assert maxima.shape[0] == request.heads_q * request.seqlen_q
+    assert flags.tolist() == [is_left]
+
+
+@pytest.mark.parametrize("slots", [2, 7])
+def test_slots_of_several_products(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with very many keys, where a group is more than the eight keys of one product."""
+    device = device_here()
+    monkeypatch.setattr(backend, "SLOTS", slots)
+    for case in (
+        Case(2, 2500, head_dim=64, head_dim_v=40, group=2, dtype=HALF, is_causal=True, alpha=(1.5, 1.2)),
+        Case(1, 4200, kind="topics", batch=2, seqlens_k=(4200, 2049), dtype=HALF),
+    ):
+        assert_attention(TritonBackend(), case.build(device)[0])
+
+
+@pytest.mark.parametrize("most", [1, 100])
+def test_a_bad_key_in_any_chunk(
+    most: int, monkeypatch: pytest.MonkeyPatch, watched: list[tuple[int, dict[str, Any]]]
+) -> None:
+    """Whether a program of the check takes all keys of a head or only some of them."""
+    device = device_here()
+    monkeypatch.setattr(backend, "CHECKS_PER_MULTIPROCESSOR", 1)
+    monkeypatch.setattr(backend, "_multiprocessors", lambda device: most)
+    request, _ = Case(300, 300, heads_kv=2, is_causal=True).build(device)
+    request.k[0, 1, 270, 3] = torch.nan
+    out = TritonBackend().forward(request).out
+    assert next(programs for programs, a in watched if "chunk" in a) == (2 if most == 1 else 6)
+    assert out[0, 0].isfinite().all()
+    assert out[0, 1, :270].isfinite().all()
+    assert out[0, 1, 270:].isnan().all()
+
+
+@pytest.mark.parametrize("init", ["maxima", "histogram"])
+def test_initialisations(init: Any) -> None:
+    """Both give a lower bound, so the results agree to rounding."""
+    device = device_here()
     for kind in ("iid", "narrow", "topics", "equal"):
         request, dout = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF).build(device)
         truth = attention_truth(request, dout)

@@ -21,13 +21,15 @@ from .config import Config, Launch, configure, decode_launch, padded
 __all__ = ["BACKEND", "TritonBackend"]
 
 KEYS_PER_CHECK = 128
+CHECKS_PER_MULTIPROCESSOR = 16
 SHORT = 16  # queries, at most, that get tiles of their own size
 MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
-# Where keys are split: programs for each multiprocessor, and keys of one, at least and (with splits enough) at most.
-# Of more keys more pass the bound on its way up than their list may hold.
-SPLITS_PER_MULTIPROCESSOR = 4
-KEYS_PER_SPLIT = (512, 4096)
+# Where keys are split: programs for each multiprocessor, as many as run on it at once, products of one at least, and
+# slots at most, each with 16 maxima that the program of a row goes through.
+PROGRAMS_PER_MULTIPROCESSOR = 3
+PRODUCTS_PER_SPLIT = 4
+SLOTS = 512
 
 # What may be left of tau's error when the output pass begins, in units of the mean u, and the passes that finding it
 # may take. The output pass then squares the error (kernels.py). On float32 at alpha = 2 the bound is that of rounding.
@@ -296,7 +298,11 @@ class TritonBackend:
         arguments = call.arguments()
         flags = self._decode(call, arguments, out, tau)
         programs = call.programs
-        n_chunks = -(-request.seqlen_k // KEYS_PER_CHECK)
+        # Longer chunks where the heads alone are many: most of these programs may have nothing to do.
+        per_head = -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(device) // (request.batch * request.heads_kv))
+        n_checks = -(-request.seqlen_k // KEYS_PER_CHECK)
+        chunk = -(-n_checks // per_head) * KEYS_PER_CHECK
+        n_chunks = -(-request.seqlen_k // chunk)
         first_bad = torch.empty(request.batch * request.heads_kv * n_chunks, dtype=torch.int32, device=device)
         _launch(
             kernels.entmax_attn_check_keys,
@@ -306,6 +312,7 @@ class TritonBackend:
             FIRST_BAD=first_bad,
             FLAGS=flags,
             heads_kv=request.heads_kv,
+            chunk=chunk,
             n_chunks=n_chunks,
             BLOCK=KEYS_PER_CHECK,
             VEC=arguments["VEC_K"],
@@ -367,50 +374,59 @@ class TritonBackend:
         request = call.request
         if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY:
             return None
-        heads_kv = request.heads_kv
-        # Rows of a program have one alpha.
-        fold = 1 if call.alpha_heads is not None else request.heads_q // heads_kv
-        launch, block_m = decode_launch(call.q.dtype, request.head_dim, fold * request.seqlen_q)
+        rows = request.seqlen_q * (request.heads_q // request.heads_kv)
+        launch, block_m = decode_launch(call.q.dtype, request.head_dim, rows)
         if launch is None:
             return None
-        n_units = request.heads_q // fold
-        n_row_tiles = -(-fold * request.seqlen_q // block_m)
-        units = request.batch * n_units * n_row_tiles
+        n_row_tiles = -(-rows // block_m)
+        units = request.batch * request.heads_kv
         products = -(-request.seqlen_k // decode.KEYS.value)
-        least, most = KEYS_PER_SPLIT
-        wanted = -(-SPLITS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // units)
-        wanted = max(min(wanted, -(-request.seqlen_k // least)), -(-request.seqlen_k // most))
-        n_splits = min(wanted, decode.MAX_SPLITS.value)
-        split = -(-products // n_splits)
+        slot = -(-products // SLOTS)
+        wanted = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // (units * n_row_tiles)
+        split = max(-(-products // max(wanted, 1)), PRODUCTS_PER_SPLIT)
+        split = -(-split // slot) * slot
         n_splits = -(-products // split)
-        rows, device = (units * n_splits, block_m), call.q.device
-        found = (*rows, decode.CAPACITY.value)
-        flags = torch.empty(request.batch * heads_kv, dtype=torch.int32, device=device)
+        n_slots = -(-products // slot)
+        rows, device = units * rows, call.q.device
+        flags = torch.empty(units, dtype=torch.int32, device=device)
+        found = (rows, decode.CAPACITY.value)
         shared = arguments | {
-            "Z": torch.empty(found, dtype=torch.float32, device=device),
-            "FOUND": torch.empty(found, dtype=torch.int32, device=device),
-            "COUNTS": torch.empty(rows, dtype=torch.int32, device=device),
+            "MAXIMA": torch.empty((rows, n_slots * decode.GROUPS.value), dtype=torch.float32, device=device),
             "FLAGS": flags,
-            "heads_q": request.heads_q,
-            "fold": fold,
-            "n_units": n_units,
-            "n_row_tiles": n_row_tiles,
-            "n_splits": n_splits,
-            "ALPHA": call.alpha_class,
-            "BLOCK_M": block_m,
+            "Q": call.q,
+            "K": call.k,
+            "n_slots": n_slots,
+            "slot": slot,
         }
-        _launch(decode.entmax_attn_decode_scan, units * n_splits, launch, Q=call.q, K=call.k, products=split, **shared)
+        _launch(
+            decode.entmax_attn_decode_scan,
+            units * n_row_tiles * n_splits,
+            launch,
+            heads_kv=request.heads_kv,
+            n_row_tiles=n_row_tiles,
+            n_splits=n_splits,
+            products=split,
+            **shared | {"BLOCK_M": block_m},
+        )
+        of_v = call.arguments_of_v()
         _launch(
             decode.entmax_attn_decode_output,
-            request.batch * request.heads_q * request.seqlen_q,
-            Launch(8, 1, 128),
+            rows,
+            Launch(4, 1, 128),
             V=call.v,
             OUT=out,
             TAU=tau,
+            LIST=torch.empty(found, dtype=torch.int32, device=device),
+            SCORES=torch.empty(found, dtype=torch.float32, device=device),
+            FOUND=torch.empty(found, dtype=torch.int32, device=device),
+            heads_q=request.heads_q,
+            ALPHA=call.alpha_class,
             MAX_STEPS=MAX_ROW_STEPS,
-            ROWS_V=32,
+            BLOCK=4096,
+            ROWS_K=min(8192 // arguments["BLOCK_D"], 128),
+            ROWS_V=min(8192 // of_v["BLOCK_DV"], 128),
             **shared,
-            **call.arguments_of_v(),
+            **of_v,
         )
         return flags
 

@@ -115,5 +115,8 @@ def decode_launch(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[Launch 
     """
     row = padded(head_dim) * dtype.itemsize
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    warps, registers = (8, None) if block_m == 64 else (4, 168)
-    return Launch(warps, 4 if row <= 128 else 2, registers) if row <= 256 else None, block_m
+    if row > 256:
+        return None, block_m
+    if block_m == 64:
+        return Launch(4, 4 if row <= 128 else 2, 168), block_m
+    return Launch(4, 4 if row <= 128 else 3, 128), block_m

@@ -41,7 +41,7 @@ INTEGERS = [
     *(f"stride_{tensor}{axis}" for tensor in "qo" for axis in "bhm"),
     *(f"stride_{tensor}{axis}" for tensor in "kv" for axis in "bhn"),
     *("stride_xm", "stride_xn", "stride_dm", "stride_dn", "n"),
-    *("heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "n_tiles", "n_blocks", "n_chunks", "n_words"),
+    *("heads_q", "heads_kv", "group", "seqlen_q", "seqlen_k", "n_tiles", "n_blocks", "chunk", "n_chunks", "n_words"),
     *("map_m", "map_n", "map_rows", "map_columns"),
 ]
 
@@ -269,6 +269,7 @@ def entmax_attn_check_keys(
     stride_kn,
     heads_kv,
     seqlen_k,
+    chunk,
     n_chunks,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -276,7 +277,7 @@ def entmax_attn_check_keys(
     VEC: tl.constexpr,
     HAS_SEQLENS_K: tl.constexpr,
 ):
-    """The first key that is not finite in each chunk of BLOCK keys, or seqlen_k."""
+    """The first key that is not finite in each chunk of ``chunk`` keys, or seqlen_k."""
     i_c = tl.program_id(0) % n_chunks
     i_bh = tl.program_id(0) // n_chunks
     if FLAGS is not None:
@@ -286,11 +287,14 @@ def entmax_attn_check_keys(
     i_h = (i_bh % heads_kv).to(tl.int64)
     _, len_k = _lengths(SEQLENS_K, SEQLENS_K, i_b, seqlen_k, seqlen_k, False, HAS_SEQLENS_K)
     base = K + (i_b * stride_kb + i_h * stride_kh) * VEC
-    o_rows = i_c * BLOCK + tl.arange(0, BLOCK)
-    b_k = _load_tile(base, i_c * BLOCK, 0, seqlen_k, stride_kn, VEC, BLOCK, HEAD_DIM, BLOCK_D).to(tl.float32)
-    # x - x is 0 for a finite x and NaN for all others.
-    is_bad = (tl.sum(b_k - b_k, 1) != 0) & (o_rows < len_k)
-    tl.store(FIRST_BAD + tl.program_id(0), tl.min(tl.where(is_bad, o_rows, seqlen_k), 0))
+    b_bad = tl.zeros([BLOCK], tl.int32) + seqlen_k
+    for first in range(i_c * chunk, tl.minimum(i_c * chunk + chunk, len_k), BLOCK):
+        o_rows = first + tl.arange(0, BLOCK)
+        b_k = _load_tile(base, first, 0, seqlen_k, stride_kn, VEC, BLOCK, HEAD_DIM, BLOCK_D).to(tl.float32)
+        # x - x is 0 for a finite x and NaN for all others.
+        is_bad = (tl.sum(b_k - b_k, 1) != 0) & (o_rows < len_k)
+        b_bad = tl.minimum(b_bad, tl.where(is_bad, o_rows, seqlen_k))
+    tl.store(FIRST_BAD + tl.program_id(0), tl.min(b_bad, 0))
 
 
 @triton.jit
