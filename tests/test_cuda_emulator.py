@@ -27,6 +27,7 @@ KERNELS = (
     *(f"product<{t}, {transposed}>" for t in ("half", "bf16") for transposed in ("false", "true")),
     *(f"warpgroup_product<{t}, {o}, true, true>" for t in ("half", "bf16") for o in ("ROWS", "REGISTERS", "COLUMNS")),
     *("warpgroup_product<half, ROWS, false, true>", "warpgroup_product<half, ROWS, true, false>"),
+    *(f"wide_product<{t}, {by_columns}>" for t in ("half", "bf16") for by_columns in ("false", "true")),
     "products_of_warpgroups_differ",
     *(f"{name}<{on}>" for name in ("reversed", "reversed_in_warp", "reversed_twice") for on in ("false", "true")),
     *("add_atomically", "add_plainly", "mark_plainly", "half_a_warp_votes", "halves_of_a_warp_part"),
@@ -170,6 +171,15 @@ def test_product_of_a_warpgroup(launcher: EmulatedLauncher, dtype: torch.dtype, 
     kernel = f"warpgroup_product<{TYPES[dtype]}, {operands}, true, true>"
     launcher.launch(SOURCE, kernel, 1, 128, 16384, [a, b, d])
     torch.testing.assert_close(d, 2 * a.float() @ (b if operands == "COLUMNS" else b.mT).float())
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_wide_product_of_a_warpgroup(launcher: EmulatedLauncher, dtype: torch.dtype, by_columns: bool) -> None:
+    a, b = random(64, 16, dtype=dtype), random(*((16, 128) if by_columns else (128, 16)), dtype=dtype)
+    d = torch.empty(64, 128)
+    launcher.launch(SOURCE, f"wide_product<{TYPES[dtype]}, {str(by_columns).lower()}>", 1, 128, 16384, [a, b, d])
+    torch.testing.assert_close(d, a.float() @ (b if by_columns else b.mT).float())
 
 
 def test_products_of_warpgroups_go_wrong(launchers: Launchers) -> None:

@@ -117,14 +117,20 @@ __device__ __forceinline__ float (&tiles_of(float (&acc)[1][N][4], int n))[TILES
   return reinterpret_cast<float(&)[TILES][4]>(acc[0][n]);
 }
 
-// Column tiles of a product with rows: the more, the less often its left operand is read.
+// Column tiles of a product: the more, the less often its left operand is read.
 template <int N>
-constexpr int ROW_TILES = N % 16 == 0 ? 16 : 8;
+constexpr int AT_ONCE = N % 16 == 0 ? 16 : 8;
+
+// Of rows of D numbers, where 64 columns lie behind the same rows' 64 before.
+template <class T, int D>
+__device__ __forceinline__ unsigned long long operand_of(const T* tile) {
+  return wgmma_operand(tile, TILE_BYTES<T, D, 8>, TILE_BYTES<T, 64, 8>);
+}
 
 // Chunks `chunk` and chunk + 1 of rows from `first` on, eight by eight.
 template <class T, int D>
 __device__ __forceinline__ unsigned long long rows_operand(const T* tile, int first, int chunk) {
-  return wgmma_advance(wgmma_operand(tile, TILE_BYTES<T, D, 8>), place_of<T, D>(first, chunk) * static_cast<int>(sizeof(T)));
+  return wgmma_advance(operand_of<T, D>(tile), place_of<T, D>(first, chunk) * static_cast<int>(sizeof(T)));
 }
 
 // acc = a b^T, a in registers.
@@ -132,10 +138,10 @@ template <class T, int D, int N>
 __device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Fragments<T, D, 1>& a, const T* b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += ROW_TILES<N>)
+  for (int n = 0; n < N; n += AT_ONCE<N>)
 #pragma unroll
     for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(tiles_of<ROW_TILES<N>>(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+      wgmma_rows<T>(tiles_of<AT_ONCE<N>>(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
   wgmma_commit();
 }
 
@@ -144,10 +150,10 @@ template <class T, int D, int N>
 __device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const T* a, int first_row, const T* b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += ROW_TILES<N>)
+  for (int n = 0; n < N; n += AT_ONCE<N>)
 #pragma unroll
     for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(tiles_of<ROW_TILES<N>>(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
+      wgmma_rows<T>(tiles_of<AT_ONCE<N>>(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
                     rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
   wgmma_commit();
 }
@@ -160,7 +166,7 @@ template <int LEFT, int N>
 __device__ __forceinline__ void finish(float (&acc)[1][N][4]) {
   wgmma_wait<LEFT>();
 #pragma unroll
-  for (int n = 0; n < N; n += ROW_TILES<N>) wgmma_pin(tiles_of<ROW_TILES<N>>(acc, n));
+  for (int n = 0; n < N; n += AT_ONCE<N>) wgmma_pin(tiles_of<AT_ONCE<N>>(acc, n));
 }
 
 // Left operand from results: columns 16 step to 16 step + 15.
@@ -302,10 +308,10 @@ __device__ __forceinline__ void pack(Packed<T, N>& packed, const float (&p)[1][N
   for (int step = 0; step < N / 2; step++) pack_fragments<T>(packed.r[step], p, step);
 }
 
-// Rows 16 step to 16 step + 15 of 64 columns from chunk n on, read by columns.
+// Rows 16 step to 16 step + 15 from chunk n on, read by columns.
 template <class T, int D>
 __device__ __forceinline__ unsigned long long columns_operand(const T* tile, int step, int n) {
-  return wgmma_advance(wgmma_operand(tile, TILE_BYTES<T, D, 8>), place_of<T, D>(16 * step, n) * static_cast<int>(sizeof(T)));
+  return wgmma_advance(operand_of<T, D>(tile), place_of<T, D>(16 * step, n) * static_cast<int>(sizeof(T)));
 }
 
 template <class T, int N, int NV>
@@ -314,8 +320,8 @@ __device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const P
 #pragma unroll
   for (int step = 0; step < N / 2; step++)
 #pragma unroll
-    for (int n = 0; n < NV; n += 8)
-      wgmma_columns<T>(tiles_of(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
+    for (int n = 0; n < NV; n += AT_ONCE<NV>)
+      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
   wgmma_commit();
 }
 
@@ -332,11 +338,11 @@ __device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], fl
 #pragma unroll
   for (int step = 0; step < N / 2; step++)
 #pragma unroll
-    for (int n = 0; n < NV; n += 8) {
+    for (int n = 0; n < NV; n += AT_ONCE<NV>) {
       const unsigned long long operand = columns_operand<T, 8 * NV>(v, step, n);
-      wgmma_columns<T>(tiles_of(out, n), weights.p[step][0], operand, true);
-      wgmma_columns<T>(tiles_of(out1, n), weights.high[step][0], operand, true);
-      wgmma_columns<T>(tiles_of(out1, n), weights.low[step][0], operand, true);
+      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out, n), weights.p[step][0], operand, true);
+      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out1, n), weights.high[step][0], operand, true);
+      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out1, n), weights.low[step][0], operand, true);
     }
   wgmma_commit();
 }

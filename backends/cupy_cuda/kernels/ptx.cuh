@@ -141,12 +141,11 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : 
 
 __device__ __forceinline__ void wgmma_pin(float (&d)[16][4]) { asm volatile("" : SUMS_128); }
 
-// How wgmma finds an operand: `stride` bytes from each eight rows to the next ones. Since no operand is wider than the
-// 128 bytes of the swizzle, the offset in the other direction counts for nothing.
-__device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, int stride) {
-  constexpr unsigned long long SWIZZLED_BY_128_BYTES = 1ULL << 62, UNUSED_OFFSET = 1ULL << 16;
-  return SWIZZLED_BY_128_BYTES | static_cast<unsigned long long>(stride >> 4) << 32 | UNUSED_OFFSET |
-         smem_address(tile) >> 4;
+// How wgmma finds an operand: `stride` bytes from each eight rows to the next ones, `leading` from 64 columns to the next.
+__device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, int stride, int leading) {
+  constexpr unsigned long long SWIZZLED_BY_128_BYTES = 1ULL << 62;
+  return SWIZZLED_BY_128_BYTES | static_cast<unsigned long long>(stride >> 4) << 32 |
+         static_cast<unsigned>(leading >> 4) << 16 | smem_address(tile) >> 4;
 }
 
 // The operand so many bytes behind, a multiple of 16, without a carry into what is not the address.
@@ -218,7 +217,7 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[16][4], const unsigned (&a
   }
 }
 
-// The same with b instead of b^T: 16 rows of 64 columns, read by columns.
+// The same with b instead of b^T: 16 rows of 64 or 128 columns, read by columns.
 template <class T>
 __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b,
                                               bool adds) {
@@ -230,6 +229,22 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (
   } else {
     asm volatile(WGMMA("64", "f16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "1")
                  : SUMS
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b,
+                                              bool adds) {
+  if constexpr (IS_BF16<T>) {
+    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1")
+                 : SUMS_128
+                 : ADDS, ROWS, "l"(b)
+                 : "memory");
+  } else {
+    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1")
+                 : SUMS_128
                  : ADDS, ROWS, "l"(b)
                  : "memory");
   }

@@ -62,7 +62,7 @@ void begin_step(const Step& step, Site site);
 void commit_steps();
 void wait_for_steps(int groups, Site site);
 void fence_proxy();
-uint64_t operand(const void* tile, int stride, Site site);
+uint64_t operand(const void* tile, int stride, int leading, Site site);
 
 void mma_half(void* const* lanes);
 void mma_bf16(void* const* lanes);
@@ -143,8 +143,8 @@ inline void wgmma_wait(EMULATOR_SITE) {
 }
 template <int N>
 inline void wgmma_pin(float (&)[N][4]) {}
-inline unsigned long long wgmma_operand(const void* tile, int stride, EMULATOR_SITE) {
-    return emulator::operand(tile, stride, site);
+inline unsigned long long wgmma_operand(const void* tile, int stride, int leading, EMULATOR_SITE) {
+    return emulator::operand(tile, stride, leading, site);
 }
 inline unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
     return (operand & ~0xffffffffULL) | (unsigned(operand) + unsigned(bytes >> 4));
@@ -158,9 +158,10 @@ inline void wgmma_rows(float (&d)[N][4], const unsigned (&a)[4], unsigned long l
     emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, std::is_same_v<T, bf16>, adds},
                          site);
 }
-template <class T>
-inline void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 64, {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds}, site);
+template <class T, int N>
+inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds},
+                         site);
 }
 
 inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }

@@ -1,8 +1,8 @@
 // Products by wgmma: they read shared memory, and their sums change, when a thread waits for them and not earlier.
 //
-// An operand lies in shared memory in rows of 128 bytes, groups of eight rows one behind the other by the stride, the
-// 16-byte chunks of a row permuted by bits 7 to 9 of its address: "Asynchronous Warpgroup Level Matrix Shared Memory
-// Layout" and "Strides" of the PTX ISA, for a swizzle of 128 bytes.
+// An operand lies in shared memory in rows of 128 bytes, groups of eight rows one behind the other by the stride, 64
+// columns behind the 64 before by the leading stride, the 16-byte chunks of a row permuted by bits 7 to 9 of its address:
+// "Asynchronous Warpgroup Level Matrix Shared Memory Layout" and "Strides" of the PTX ISA, for a swizzle of 128 bytes.
 #include "runtime.hpp"
 
 namespace emulator {
@@ -20,16 +20,18 @@ std::size_t n_multiplied[MAX_WARPS];
 Place place_of_wait;
 
 struct Operand {
-    int64_t start, stride;
+    int64_t start, leading, stride;
 
-    explicit Operand(uint64_t bits) : start(int64_t(bits & 0x3fff) << 4), stride(int64_t(bits >> 32 & 0x3fff) << 4) {
+    explicit Operand(uint64_t bits)
+        : start(int64_t(bits & 0x3fff) << 4), leading(int64_t(bits >> 16 & 0x3fff) << 4),
+          stride(int64_t(bits >> 32 & 0x3fff) << 4) {
         if (bits >> 62 != SWIZZLED || bits >> 49 & 7)
             fail(format("wgmma of operand 0x%llx: expected a swizzle of 128 bytes and no base offset",
                         (unsigned long long)bits), place_of_wait);
     }
 
     unsigned short at(int row, int column) const {
-        int64_t offset = start + row / ROWS * stride + row % ROWS * ROW + 2 * column;
+        int64_t offset = start + row / ROWS * stride + row % ROWS * ROW + column / 64 * leading + column % 64 * 2;
         const unsigned char* address = shared_memory + (offset ^ (offset >> 3 & 0x70));
         if (!is_shared(address, 2)) fail("wgmma out of bounds: " + describe_address(address), place_of_wait);
         if (launch->is_checked) check_access(address, 2, Access::product, place_of_wait.address);
@@ -122,12 +124,14 @@ void start_warpgroups() {
     for (auto& n : n_multiplied) n = 0;
 }
 
-uint64_t operand(const void* tile, int stride, Site site) {
+uint64_t operand(const void* tile, int stride, int leading, Site site) {
     int64_t offset = static_cast<const unsigned char*>(tile) - shared_memory;
-    if (!is_shared(tile, 1) || offset % 16 || stride % 16)
-        fail("operand of wgmma at " + describe_address(tile) + format(", stride %d: expected multiples of 16", stride),
+    if (!is_shared(tile, 1) || offset % 16 || stride % 16 || leading % 16)
+        fail("operand of wgmma at " + describe_address(tile) +
+                 format(", strides %d and %d: expected multiples of 16", stride, leading),
              {site, __builtin_return_address(0)});
-    return uint64_t(SWIZZLED) << 62 | uint64_t(stride >> 4) << 32 | uint64_t(offset >> 4);
+    return uint64_t(SWIZZLED) << 62 | uint64_t(stride >> 4) << 32 | uint64_t(leading >> 4) << 16 |
+           uint64_t(offset >> 4);
 }
 
 void begin_step(const Step& step, Site site) {

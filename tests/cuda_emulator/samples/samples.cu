@@ -91,11 +91,11 @@ __global__ void warpgroup_product(const T* a, const T* b, float* d) {
       }
       const bool adds = turn > 0 || step > 0;
       if constexpr (OPERANDS == ROWS) {
-        wgmma_rows<T>(sums, wgmma_operand(tiles + step * 16, 1024), wgmma_operand(rows, 1024), adds);
+        wgmma_rows<T>(sums, wgmma_operand(tiles + step * 16, 1024, 1024), wgmma_operand(rows, 1024, 1024), adds);
       } else if constexpr (OPERANDS == REGISTERS) {
-        wgmma_rows<T>(sums, left, wgmma_operand(rows, 1024), adds);
+        wgmma_rows<T>(sums, left, wgmma_operand(rows, 1024, 1024), adds);
       } else {
-        wgmma_columns<T>(sums, left, wgmma_operand(rows, 1024), adds);
+        wgmma_columns<T>(sums, left, wgmma_operand(rows, 1024, 1024), adds);
       }
     }
     wgmma_commit();
@@ -106,13 +106,46 @@ __global__ void warpgroup_product(const T* a, const T* b, float* d) {
   wgmma_wait<0>();
 }
 
+// d (64, 128) = a (64, 16) b, with b (16, 128) in shared memory, its halves apart; or a b^T, with b (128, 16).
+template <class T, bool BY_COLUMNS>
+__global__ void wide_product(const T* a, const T* b, float* d) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  T* tile = reinterpret_cast<T*>(smem);
+  const int lane = lane_of(), first = threadIdx.x / 32 * 16 + lane / 4;
+  for (int i = threadIdx.x; i < 256; i += 128) {
+    const int row = BY_COLUMNS ? i / 16 : i / 2, chunk = BY_COLUMNS ? i % 16 : i % 2;
+    const int group = BY_COLUMNS ? row / 8 * 2 + chunk / 8 : row / 8;
+    cp_async_16(tile + group * 512 + row % 8 * 64 + (chunk % 8 ^ row % 8) * 8, b + i * 8, true);
+  }
+  cp_async_commit();
+  cp_async_wait<0>();
+  wgmma_proxy_fence();
+  __syncthreads();
+  unsigned left[4];
+  for (int i = 0; i < 4; i++) {
+    const T* pair = a + (first + i % 2 * 8) * 16 + lane % 4 * 2 + i / 2 * 8;
+    left[i] = pair[0].bits | static_cast<unsigned>(pair[1].bits) << 16;
+  }
+  float sums[16][4] = {};
+  wgmma_fence();
+  if constexpr (BY_COLUMNS) {
+    wgmma_columns<T>(sums, left, wgmma_operand(tile, 2048, 1024), true);
+  } else {
+    wgmma_rows<T>(sums, left, wgmma_operand(tile, 1024, 1024), true);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int n = 0; n < 16; n++)
+    for (int e = 0; e < 4; e++) d[(first + e / 2 * 8) * 128 + 8 * n + lane % 4 * 2 + e % 2] = sums[n][e];
+}
+
 __global__ void products_of_warpgroups_differ(float* d) {
   extern __shared__ __align__(1024) unsigned char smem[];
   float sums[8][4] = {};
   const unsigned left[4] = {};
   for (int i = threadIdx.x; i < 2048; i += 128) reinterpret_cast<float*>(smem)[i] = 0;
   __syncthreads();
-  wgmma_rows<half>(sums, left, wgmma_operand(smem + threadIdx.x / 64 * 32, 1024), false);
+  wgmma_rows<half>(sums, left, wgmma_operand(smem + threadIdx.x / 64 * 32, 1024, 1024), false);
   wgmma_commit();
   wgmma_wait<0>();
   d[threadIdx.x] = sums[0][0];
