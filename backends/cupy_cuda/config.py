@@ -39,7 +39,7 @@ WARP_ENTRIES = 1024  # above the bound of tau that a warp has room for (refine.c
 ENTRIES = 6144
 ENTRY_BLOCKS = 2048
 ENTRY_WARPS = 8
-TAKEN = 512
+TAKEN = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     if kernel == "dq_entries":
         return SCRATCH + ENTRIES * 10 + ENTRY_WARPS * ENTRY_BLOCKS * 2
     if kernel == "dkv_entries":
-        return SCRATCH + config.block_n * config.head * 8 + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + TAKEN * 2)
+        return SCRATCH + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + TAKEN * 2)
     launch: Launch = getattr(config, kernel)
     row, row_v = config.head * dtype.itemsize, config.head_v * dtype.itemsize
     tile, block = config.block_m * row, config.block_n * row

@@ -1,14 +1,12 @@
 // dq of entry tiles, and their entries in the order in which dkv takes them.
 #include "entries.cuh"
 
-// A warp takes its rows one by one, 32 entries of a row at a time, of which each lane has one. The rows of v and k that
-// these name are read by groups of D / 8 lanes, eight of them at a time.
+// A warp takes the entries of its 16 rows, 32 at a time.
 template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int ROWS = BLOCK_M / WARPS;
-  constexpr int LANES = D / 8;
-  static_assert(ROWS < 32 && LANES % 8 == 0 && LANES < 32);
+  static_assert(ROWS == 16);
   extern __shared__ __align__(128) unsigned char smem[];
   int* scratch = reinterpret_cast<int*>(smem);
   unsigned* pairs = reinterpret_cast<unsigned*>(scratch + 32);  // dp before
@@ -24,118 +22,63 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   const EntryList entries = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
   const EntryList sorted = entry_list<BLOCK_M>(params.transposed, params, tile.row, tile.first);
 
-  const int lane = lane_of(), channel = lane % LANES * 8;
-  const int first_row = warp_of() * ROWS;
-  const int start = lane <= ROWS ? entries.starts()[first_row + lane] : 0;
+  const int lane = lane_of();
+  const int first_row = warp_of() * ROWS, first_query = tile.first + first_row;
+  const int start = entries.starts()[first_row + min(lane, ROWS)];
   // How many entries of the warp lie in each block, then where they go.
   unsigned short* places = sorted_codes + ENTRIES + warp_of() * params.n_blocks;
   for (int j = lane; j < params.n_blocks; j += 32) places[j] = 0;
+  {
+    RowChunks<D> rows;
+    load_row_chunks<T, D>(rows, dout, params.stride_om, first_query, params.seqlen_q, params.head_dim_v,
+                          params.aligned_o);
+    for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
+      const float dp = multiply_rows<T, D>(rows, v, params.stride_vn, params.head_dim_v, params.aligned_v, key, row, n);
+      if (lane < n) pairs[at] = __float_as_uint(dp);
+    });
+  }
+  syncwarp();
+  // Two lanes to a row.
+  float w_sum = 0, w_dp = 0;
+  AlphaSums alpha_sums;
+  const int row_end = shfl(start, lane / 2 + 1);
+#pragma unroll 4
+  for (int at = shfl(start, lane / 2) + lane % 2; at < row_end; at += 2) {
+    const float u = dequantise(entries.us()[at]), dp = __uint_as_float(pairs[at]);
+    float p, w;
+    powers<ALPHA>(u, r, p, w);
+    w_sum += w;
+    w_dp += w * dp;
+    if constexpr (DALPHA) alpha_sums.add(u, p, w, dp);
+  }
+  auto row_sum = [](float x) { return x + shfl_xor(x, 1); };
+  w_sum = row_sum(w_sum);
+  const float delta = row_sum(w_dp) / (w_sum > 0 ? w_sum : 1.0f);
+  if constexpr (DALPHA) {
+    const float gradient = alpha_sums.gradient(tile.exponent, row_sum);
+    if (lane % 2 == 0 && first_query + lane / 2 < params.seqlen_q)
+      params.dalpha[tile.row + first_query + lane / 2] = gradient;
+  }
   syncwarp();
 
-  // Entries from `at` on, one a lane, as far as `end`.
-  struct Entry {
-    int key;
-    float u, p, w;
-  };
-  auto load_entry = [&](int at, int end) {
-    Entry entry{0, 0, 0, 0};
-    if (at + lane < end) {
-      entry.key = entries.keys()[at + lane];
-      entry.u = dequantise(entries.us()[at + lane]);
-      powers<ALPHA>(entry.u, r, entry.p, entry.w);
+  RowSums<D> dq = {};
+  for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
+    const float row_delta = shfl(delta, 2 * row);
+    float p = 0, ds = 0;
+    if (lane < n) {
+      float w;
+      powers<ALPHA>(dequantise(entries.us()[at]), r, p, w);
+      ds = w * (__uint_as_float(pairs[at]) - row_delta);
+      pairs[at] = pack2<T>(p, ds);
     }
-    return entry;
-  };
+    add_rows<T, D>(dq, k, params.stride_kn, params.head_dim, params.aligned_k, key, row, ds, n);
+  });
+  store_sums<T, D>(static_cast<T*>(params.dq) + (tile.row + first_query) * params.head_dim, dq,
+                   params.scale * params.sign, params.head_dim, params.seqlen_q - first_query);
 
-#pragma unroll 1
-  for (int i = 0; i < ROWS && tile.first + first_row + i < params.seqlen_q; i++) {
-    const long long row = tile.first + first_row + i;
-    const int first = shfl(start, i), last = shfl(start, i + 1);
-    float dout_row[8];
-    load8<T>(dout_row, dout + row * params.stride_om, channel, params.head_dim_v, params.aligned_o);
-    float w_sum = 0, w_dp = 0;
-#pragma unroll 1
-    for (int at = first; at < last; at += 32) {
-      const Entry entry = load_entry(at, last);
-      float dp = 0;
-#pragma unroll
-      for (int from = 0; from < LANES; from += 8) {
-        Channels<8> rows[8];
-        load_rows_of_keys<T, LANES>(rows, v, params.stride_vn, entry.key, from, last - at, params.head_dim_v,
-                                    params.aligned_v);
-        float sums[8];
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-          float value[8];
-          unpack_channels<T>(value, rows[e]);
-          sums[e] = 0;
-#pragma unroll
-          for (int c = 0; c < 8; c++) sums[e] += dout_row[c] * value[c];
-        }
-        fold<4>(sums, 4);
-        fold<2>(sums, 2);
-        fold<1>(sums, 1);
-        for (int mask = 8; mask < LANES; mask *= 2) sums[0] += shfl_xor(sums[0], mask);
-        if (lane % LANES / 8 * 8 == from) dp = sums[0];
-      }
-      if (at + lane < last) {
-        w_sum += entry.w;
-        w_dp += entry.w * dp;
-        pairs[at + lane] = __float_as_uint(dp);
-      }
-    }
-    w_sum = warp_sum(w_sum);
-    const float delta = warp_sum(w_dp) / (w_sum > 0 ? w_sum : 1.0f);
-
-    float dq[8] = {};
-    AlphaSums alpha_sums;
-#pragma unroll 1
-    for (int at = first; at < last; at += 32) {
-      const Entry entry = load_entry(at, last);
-      const bool is_entry = at + lane < last;
-      const int block = is_entry ? entry.key / BLOCK_N : -1;
-      const Run run = run_of(block);
-      if (is_entry && run.is_last) places[block] += run.rank + 1;
-      syncwarp();
-      float ds = 0;
-      if (is_entry) {
-        const float dp = __uint_as_float(pairs[at + lane]);
-        if constexpr (DALPHA) alpha_sums.add(entry.u, entry.p, entry.w, dp);
-        ds = entry.w * (dp - delta);
-        pairs[at + lane] = pack2<T>(entry.p, ds);
-      }
-#pragma unroll
-      for (int from = 0; from < LANES; from += 8) {
-        Channels<8> rows[8];
-        load_rows_of_keys<T, LANES>(rows, k, params.stride_kn, entry.key, from, last - at, params.head_dim,
-                                    params.aligned_k);
-#pragma unroll
-        for (int e = 0; e < 8; e++) {
-          const float weight = shfl(ds, lane / LANES * LANES + from + e);
-          float key[8];
-          unpack_channels<T>(key, rows[e]);
-#pragma unroll
-          for (int c = 0; c < 8; c++) dq[c] += weight * key[c];
-        }
-      }
-    }
-    int column = channel;
-    fold<4>(dq, 16);
-    column += lane / 16 * 4;
-    if constexpr (LANES == 8) {
-      fold<2>(dq, 8);
-      column += lane / 8 % 2 * 2;
-    }
-    const float factor = params.scale * params.sign;
-    T* to = static_cast<T*>(params.dq) + (tile.row + row) * params.head_dim;
-#pragma unroll
-    for (int c = 0; c < LANES / 4; c += 2)
-      store_pair(to, column + c, params.head_dim, dq[c] * factor, dq[c + 1] * factor);
-    if constexpr (DALPHA) {
-      const float gradient = alpha_sums.gradient(tile.exponent, warp_sum);
-      if (lane == 0) params.dalpha[tile.row + row] = gradient;
-    }
-  }
+  for_runs<ROWS, BLOCK_N>(entries, start, [&](int, int, int, int block, Run run) {
+    if (block >= 0 && run.is_last) places[block] += run.rank + 1;
+  });
 
   __syncthreads();
   int count = 0;
@@ -157,25 +100,14 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   if (threadIdx.x == 0) sorted.offsets()[params.n_blocks] = static_cast<unsigned short>(count);
   __syncthreads();
 
-#pragma unroll 1
-  for (int i = 0; i < ROWS; i++) {
-    const int first = shfl(start, i), last = shfl(start, i + 1);
-#pragma unroll 1
-    for (int at = first; at < last; at += 32) {
-      const bool is_entry = at + lane < last;
-      const int key = is_entry ? entries.keys()[at + lane] : 0;
-      const int block = is_entry ? key / BLOCK_N : -1;
-      const Run run = run_of(block);
-      const int place = is_entry ? places[block] + run.rank : 0;
-      syncwarp();
-      if (is_entry) {
-        if (run.is_last) places[block] = static_cast<unsigned short>(place + 1);
-        sorted_pairs[place] = pairs[at + lane];
-        sorted_codes[place] = static_cast<unsigned short>((first_row + i) * BLOCK_N + key % BLOCK_N);
-      }
-      syncwarp();
-    }
-  }
+  for_runs<ROWS, BLOCK_N>(entries, start, [&](int at, int key, int row, int block, Run run) {
+    const int place = block >= 0 ? places[block] + run.rank : 0;
+    syncwarp();
+    if (block < 0) return;
+    if (run.is_last) places[block] = static_cast<unsigned short>(place + 1);
+    sorted_pairs[place] = pairs[at];
+    sorted_codes[place] = static_cast<unsigned short>((first_row + row) * BLOCK_N + key % BLOCK_N);
+  });
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += THREADS) {
     sorted.pairs()[i] = sorted_pairs[i];
@@ -189,28 +121,18 @@ struct alignas(8) Taken {
   unsigned pair;
 };
 
-constexpr int TAKEN = 512;  // at once
+constexpr int TAKEN = 1024;  // at once
 
-template <int N>
-struct alignas(4 * N) Sums {
-  float x[N];
-};
-
-// What entry tiles add to dk and dv of one block of keys; where other tiles are live too, to the results of dkv. A warp
-// takes the entries of its own keys one by one, in the order of the tiles, to sums in shared memory; the rows of some
-// entries are under way at a time.
+// What entry tiles add to dk and dv of one block of keys; where other tiles are live too, to the results of dkv. Half of
+// the warps have dk of 16 keys each, half dv, and take the entries of their own keys in the order of the tiles.
 template <class T, int D, int BLOCK_M, int BLOCK_N, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 2 : 3) entmax_attn_bwd_dkv_entries(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dkv_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int KEYS = BLOCK_N / WARPS;
-  constexpr int N = D / 32;  // channels of a lane
-  constexpr int AT_ONCE = 8;
+  constexpr int KEYS = 2 * BLOCK_N / WARPS;
+  static_assert(KEYS == 16);
   extern __shared__ __align__(128) unsigned char smem[];
   int* scratch = reinterpret_cast<int*>(smem);
-  // Of this lane's channels of its warp's keys.
-  Sums<N>* dk_sums = reinterpret_cast<Sums<N>*>(scratch + 32) + threadIdx.x;
-  Sums<N>* dv_sums = dk_sums + KEYS * THREADS;
-  Taken* taken = reinterpret_cast<Taken*>(scratch + 32 + 2 * BLOCK_N * D);
+  Taken* taken = reinterpret_cast<Taken*>(scratch + 32);
   int* places = reinterpret_cast<int*>(taken + TAKEN);
   int* offsets = places + THREADS;
   unsigned short* own = reinterpret_cast<unsigned short*>(offsets + THREADS) + warp_of() * TAKEN;
@@ -218,15 +140,19 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 2 : 3) entmax_attn_bwd_dk
   const KeyBlock block = key_block(params);
   const int bits = live_bits<WARPS>(params, block, scratch);
   if (!(bits & HAS_ENTRIES)) return;
-  for (int i = 0; i < KEYS; i++) dk_sums[i * THREADS] = dv_sums[i * THREADS] = Sums<N>{};
+  const bool is_dv = warp_of() >= WARPS / 2;
+  const int keys = warp_of() % (WARPS / 2);  // which 16 of the block
 
-  const int channel = lane_of() * N;
+  RowSums<D> sums = {};
 #pragma unroll 1
   for (int i_g = 0; i_g < block.group; i_g++) {
     const int i_h = block.i_kv * block.group + i_g;
     const long long head = static_cast<long long>(block.i_b) * params.heads_q + i_h;
-    const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
-    const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
+    const T* rows = is_dv ? head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh)
+                          : head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
+    const long long stride = is_dv ? params.stride_om : params.stride_qm;
+    const int width = is_dv ? params.head_dim_v : params.head_dim;
+    const bool is_aligned = is_dv ? params.aligned_o : params.aligned_q;
     auto entries_of = [&](int i_m) {
       return entry_list<BLOCK_M>(params.transposed, params, head * params.seqlen_q, i_m * BLOCK_M);
     };
@@ -259,61 +185,25 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 2 : 3) entmax_attn_bwd_dk
         __syncthreads();
         int n_own = 0;
         for (int i = lane_of(); i - lane_of() < size; i += 32) {
-          const bool is_own = i < size && taken[i].code % BLOCK_N / KEYS == warp_of();
+          const bool is_own = i < size && taken[i].code % BLOCK_N / KEYS == keys;
           const unsigned lanes = ballot(is_own);
           if (is_own) own[n_own + popcount(lanes & lanes_before())] = static_cast<unsigned short>(i);
           n_own += popcount(lanes);
         }
         syncwarp();
 #pragma unroll 1
-        for (int at = 0; at < n_own; at += AT_ONCE) {
-          Taken entry[AT_ONCE];
-          int rows[AT_ONCE];
-          Channels<N> q_row[AT_ONCE], dout_row[AT_ONCE];
-#pragma unroll
-          for (int i = 0; i < AT_ONCE; i++) {
-            entry[i] = taken[own[min(at + i, n_own - 1)]];
-            rows[i] = entry[i].code / BLOCK_N;
-          }
-          load_rows(q_row, q, params.stride_qm, rows, n_own - at, channel, params.head_dim, params.aligned_q);
-          load_rows(dout_row, dout, params.stride_om, rows, n_own - at, channel, params.head_dim_v, params.aligned_o);
-#pragma unroll
-          for (int i = 0; i < AT_ONCE; i++) {
-            if (at + i >= n_own) continue;
-            const float2 p_and_ds = unpack2<T>(entry[i].pair);
-            float q_x[N], dout_x[N];
-            unpack_channels<T>(q_x, q_row[i]);
-            unpack_channels<T>(dout_x, dout_row[i]);
-            const int key = entry[i].code % KEYS * THREADS;
-            Sums<N> dk = dk_sums[key], dv = dv_sums[key];
-#pragma unroll
-            for (int c = 0; c < N; c++) {
-              dk.x[c] += p_and_ds.y * q_x[c];
-              dv.x[c] += p_and_ds.x * dout_x[c];
-            }
-            dk_sums[key] = dk;
-            dv_sums[key] = dv;
-          }
+        for (int at = 0; at < n_own; at += 32) {
+          const Taken entry = taken[own[min(at + lane_of(), n_own - 1)]];
+          const float2 p_and_ds = unpack2<T>(entry.pair);
+          add_rows<T, D>(sums, rows, stride, width, is_aligned, entry.code / BLOCK_N, entry.code % KEYS,
+                         is_dv ? p_and_ds.x : p_and_ds.y, n_own - at);
         }
       }
     }
   }
 
-  auto store = [&](void* to, const Sums<N>* sums, float factor, int width) {
-#pragma unroll 1
-    for (int i = 0; i < KEYS; i++) {
-      const int key = block.j * BLOCK_N + warp_of() * KEYS + i;
-      if (key >= params.seqlen_k) return;
-      const long long i_bh = static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv;
-      T* row = static_cast<T*>(to) + (i_bh * params.seqlen_k + key) * width;
-      float x[N] = {};
-      if (bits & LIVE) unpack_channels<T>(x, load_channels<T, N>(row, channel, width, width % N == 0));
-#pragma unroll
-      for (int c = 0; c < N; c++) x[c] += factor * sums[i * THREADS].x[c];
-#pragma unroll
-      for (int c = 0; c < N; c += 2) store_pair(row, channel + c, width, x[c], x[c + 1]);
-    }
-  };
-  store(params.dk, dk_sums, params.scale * params.sign, params.head_dim);
-  store(params.dv, dv_sums, 1.0f, params.head_dim_v);
+  const int first_key = block.j * BLOCK_N + keys * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
+  const long long first_row = (static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv) * params.seqlen_k;
+  store_sums<T, D>(static_cast<T*>(is_dv ? params.dv : params.dk) + (first_row + first_key) * width, sums,
+                   is_dv ? 1.0f : params.scale * params.sign, width, params.seqlen_k - first_key, bits & LIVE);
 }

@@ -5,7 +5,7 @@
 // codes row * BLOCK_N + key, counted from the tile's first row and the block's first key.
 #pragma once
 
-#include "common.cuh"
+#include "products.cuh"
 
 constexpr int ENTRIES = 6144;       // of a tile, at most
 constexpr int ENTRY_BLOCKS = 2048;  // of keys, at most, where tiles may be entry tiles
@@ -86,39 +86,166 @@ __device__ __forceinline__ void unpack_channels(float (&x)[N], const Channels<N>
   }
 }
 
-// Eight channels of a row; D / 8 lanes hold it.
-template <class T>
-__device__ __forceinline__ void load8(float (&x)[8], const T* row, int channel, int width, bool is_aligned) {
-  unpack_channels<T>(x, load_channels<T, 8>(row, channel, width, is_aligned));
-}
+// ---- products with rows that lie anywhere, of 32 entries, one a lane, of which the first n count. `from` is the number of
+// the row in memory, `to` that of one of 16 rows in registers.
 
-// Of the first n of these rows, all under way at once; zeros of the others.
-template <class T, int N, int ROWS>
-__device__ __forceinline__ void load_rows(Channels<N> (&channels)[ROWS], const T* base, long long stride,
-                                          const int (&rows)[ROWS], int n, int channel, int width, bool is_aligned) {
+// Of each row chunks `chunk` + STEP i of eight channels, all under way at once; zeros where a row is null.
+template <class T, int STEP, int R, int N>
+__device__ __forceinline__ void load_chunks(Channels<8> (&chunks)[R][N], const T* const (&rows)[R], int chunk,
+                                            int width, bool is_aligned) {
 #pragma unroll
-  for (int i = 0; i < ROWS; i++) channels[i] = Channels<N>{};
+  for (int i = 0; i < R * N; i++) chunks[i / N][i % N] = Channels<8>{};
   if (is_aligned) {
-    if (channel >= width) n = 0;
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-      if (i < n) channels[i] = *reinterpret_cast<const Channels<N>*>(base + rows[i] * stride + channel);
+    for (int i = 0; i < R * N; i++) {
+      const int channel = 8 * (chunk + STEP * (i % N));
+      if (rows[i / N] && channel < width)
+        chunks[i / N][i % N] = *reinterpret_cast<const Channels<8>*>(rows[i / N] + channel);
+    }
   } else {
 #pragma unroll
-    for (int i = 0; i < ROWS; i++)
-      if (i < n) channels[i] = load_channels<T, N>(base + rows[i] * stride, channel, width, false);
+    for (int i = 0; i < R * N; i++) {
+      if (rows[i / N])
+        chunks[i / N][i % N] = load_channels<T, 8>(rows[i / N], 8 * (chunk + STEP * (i % N)), width, false);
+      syncwarp();  // more loads under way would need as many registers
+    }
   }
 }
 
-// Eight of the rows that the keys of a group's lanes name, from its lane `from` on; n keys of the warp count.
-template <class T, int LANES>
-__device__ __forceinline__ void load_rows_of_keys(Channels<8> (&channels)[8], const T* base, long long stride, int key,
-                                                  int from, int n, int width, bool is_aligned) {
-  const int first = lane_of() / LANES * LANES + from;
-  int rows[8];
+// 16 sums of D channels: element e of part 8 c + i is of row lane / 4 + 8 (e / 2), and of the channel that channel_of
+// tells.
+template <int D>
+using RowSums = float[1][D / 8][4];
+
+__device__ __forceinline__ int channel_of(int part, int e) {
+  return part / 8 * 64 + lane_of() % 4 * 16 + e % 2 * 8 + part % 8;
+}
+
+// sums[to] += weight * row.
+template <class T, int D>
+__device__ __forceinline__ void add_rows(RowSums<D>& sums, const T* base, long long stride, int width, bool is_aligned,
+                                         int from, int to, float weight, int n) {
+  constexpr int C = D / 64;
+  const unsigned row_and_weight = lane_of() < n ? pack2<T>(weight, 0.0f) | static_cast<unsigned>(to) << 16 : 0;
+  // More loads under way would need as many registers.
+#pragma unroll(2 / C)
+  for (int step = 0; step < 2; step++) {
+    const T* rows[4];
+    unsigned weights[2][4];  // of rows lane / 4 and lane / 4 + 8
 #pragma unroll
-  for (int i = 0; i < 8; i++) rows[i] = shfl(key, first + i);
-  load_rows<T, 8, 8>(channels, base, stride, rows, n - first, lane_of() % LANES * 8, width, is_aligned);
+    for (int i = 0; i < 4; i++) {
+      const int entry = 16 * step + i / 2 * 8 + lane_of() % 4 * 2 + i % 2;
+      const T* row = base + shfl(from, entry) * stride;
+      rows[i] = entry < n ? row : nullptr;
+      const unsigned coded = shfl(row_and_weight, entry);
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+        weights[half][i] = coded >> 16 == lane_of() / 4 + 8 * half ? coded & 0xffffu : 0;
+    }
+    Channels<8> chunks[4][C];
+    load_chunks<T, 8>(chunks, rows, lane_of() / 4, width, is_aligned);
+    unsigned a[1][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) a[0][i] = weights[i % 2][i / 2 * 2] | weights[i % 2][i / 2 * 2 + 1] << 16;
+#pragma unroll
+    for (int part = 0; part < D / 8; part += 2) {
+      unsigned b[4];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const unsigned first = chunks[2 * i][part / 8].words[part % 8 / 2];
+        const unsigned second = chunks[2 * i + 1][part / 8].words[part % 8 / 2];
+        b[i] = (first & 0xffffu) | second << 16;
+        b[2 + i] = first >> 16 | (second & 0xffff0000u);
+      }
+      multiply<T>(sums, a, b, part);
+    }
+  }
+}
+
+// The first n rows of sums, times factor, to rows of `width` channels one behind the other; added to what is there, if
+// asked for.
+template <class T, int D>
+__device__ __forceinline__ void store_sums(T* rows, const RowSums<D>& sums, float factor, int width, int n,
+                                           bool adds = false) {
+  const bool is_aligned = width % 8 == 0;
+#pragma unroll
+  for (int i = 0; i < D / 16; i++) {
+    const int e = i % 4, part = i / 4 * 8, row = lane_of() / 4 + e / 2 * 8, channel = channel_of(part, e);
+    if (row >= n || channel >= width) continue;
+    T* to = rows + row * width + channel;
+    float x[8] = {};
+    if (adds) unpack_channels<T>(x, load_channels<T, 8>(to, 0, width - channel, is_aligned));
+    Channels<8> packed;
+#pragma unroll
+    for (int c = 0; c < 8; c++) x[c] += sums[0][part + c][e] * factor;
+#pragma unroll
+    for (int c = 0; c < 8; c += 2) packed.words[c / 2] = pack2<T>(x[c], x[c + 1]);
+    if (is_aligned) {
+      *reinterpret_cast<Channels<8>*>(to) = packed;
+    } else {
+#pragma unroll
+      for (int c = 0; c < 8; c++)
+        if (channel + c < width) to[c].bits = static_cast<unsigned short>(packed.words[c / 2] >> c % 2 * 16);
+    }
+  }
+}
+
+// Rows `lane / 4` and lane / 4 + 8 of 16, every fourth chunk.
+template <int D>
+using RowChunks = Channels<8>[2][D / 32];
+
+// Of rows from `first` on that are below `high`.
+template <class T, int D>
+__device__ __forceinline__ void load_row_chunks(RowChunks<D>& chunks, const T* base, long long stride, int first,
+                                                int high, int width, bool is_aligned) {
+  const T* rows[2];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int row = first + lane_of() / 4 + 8 * i;
+    rows[i] = row < high ? base + row * stride : nullptr;
+  }
+  load_chunks<T, 4>(chunks, rows, lane_of() % 4, width, is_aligned);
+}
+
+// row . rows[to].
+template <class T, int D>
+__device__ __forceinline__ float multiply_rows(const RowChunks<D>& rows, const T* base, long long stride, int width,
+                                               bool is_aligned, int from, int to, int n) {
+  float product = 0;
+#pragma unroll(D > 64 ? 1 : 2)
+  for (int step = 0; step < 2; step++) {
+    const T* of_entries[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int entry = 16 * step + 8 * i + lane_of() / 4;
+      const T* row = base + shfl(from, entry) * stride;
+      of_entries[i] = entry < n ? row : nullptr;
+    }
+    RowChunks<D> chunks;
+    load_chunks<T, 4>(chunks, of_entries, lane_of() % 4, width, is_aligned);
+    float products[1][2][4] = {};
+#pragma unroll
+    for (int c = 0; c < D / 32; c++)
+#pragma unroll
+      for (int word = 0; word < 4; word += 2) {
+        const unsigned a[1][4] = {{chunks[0][c].words[word], chunks[1][c].words[word],
+                                   chunks[0][c].words[word + 1], chunks[1][c].words[word + 1]}};
+        const unsigned b[4] = {rows[0][c].words[word], rows[0][c].words[word + 1], rows[1][c].words[word],
+                               rows[1][c].words[word + 1]};
+        multiply<T>(products, a, b, 0);
+      }
+    // Of row 8 n + 2 (lane % 4) + i; the lane of its entry's row has what the entry takes.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = shfl(to, 16 * step + 8 * half + lane_of() / 4);
+      const float(&first)[4] = products[0][0], (&second)[4] = products[0][1];
+      const float even = row < 8 ? first[2 * half] : second[2 * half];
+      const float odd = row < 8 ? first[2 * half + 1] : second[2 * half + 1];
+      const float found = shfl(row % 2 ? odd : even, lane_of() % 8 * 4 + to % 8 / 2);
+      if (lane_of() / 8 == 2 * step + half) product = found;
+    }
+  }
+  return product;
 }
 
 // ---- over the lanes of a warp
@@ -164,6 +291,44 @@ __device__ __forceinline__ Run run_of(int number) {
   const int before = shfl(number, lane_of() - 1), next = shfl(number, lane_of() + 1);
   const unsigned begins = ballot(lane_of() == 0 || before != number);
   return Run{lane_of() - highest_bit(begins & (lanes_before() * 2 + 1)), lane_of() == 31 || next != number};
+}
+
+// ---- a warp's entries
+
+// take(at, key, row, n) for 32 of them at a time, one a lane; n count. The next ones are under way meanwhile. `start` is
+// of row `lane`, and behind the last one.
+template <int ROWS, class Take>
+__device__ __forceinline__ void for_entries(const EntryList& entries, int start, Take&& take) {
+  const int end = shfl(start, ROWS);
+  int first = shfl(start, 0);
+  int next_key = first + lane_of() < end ? entries.keys()[first + lane_of()] : 0;
+#pragma unroll 1
+  for (; first < end; first += 32) {
+    const int at = first + lane_of(), key = next_key;
+    next_key = at + 32 < end ? entries.keys()[at + 32] : 0;
+    int row = 0;  // the last one that begins before the entry
+#pragma unroll
+    for (int step = ROWS / 2; step > 0; step /= 2)
+      if (shfl(start, row + step) <= at) row += step;
+    take(at, key, row, end - first);
+  }
+}
+
+// take(at, key, row, block, run) for up to 32 of one row at a time, in which blocks ascend; block -1 where there is no
+// entry.
+template <int ROWS, int BLOCK_N, class Take>
+__device__ __forceinline__ void for_runs(const EntryList& entries, int start, Take&& take) {
+#pragma unroll 1
+  for (int row = 0; row < ROWS; row++) {
+    const int last = shfl(start, row + 1);
+#pragma unroll 1
+    for (int first = shfl(start, row); first < last; first += 32) {
+      const int at = first + lane_of();
+      const int key = at < last ? entries.keys()[at] : 0, block = at < last ? key / BLOCK_N : -1;
+      take(at, key, row, block, run_of(block));
+      syncwarp();
+    }
+  }
 }
 
 // ---- blocks of keys
