@@ -231,6 +231,15 @@ constexpr int COPIES = 2;
 constexpr int COPIES = 8;
 #endif
 
+// Whether tiles that lie whole inside the memory are loaded by code of their own: fewer instructions, more registers.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <int D>
+constexpr bool WHOLE_TILES = D <= 128;
+#else
+template <int D>
+constexpr bool WHOLE_TILES = false;
+#endif
+
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.
 template <class T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
@@ -242,8 +251,8 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     return STEP % 8 == 0 ? place_of<T, D>(row, chunk) + i * D : place_of<T, D>(row + i, chunk);
   };
   const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
-  // Then there is nothing to look at.
-  const bool is_whole = ROWS % STEP == 0 && is_aligned && first >= low && first + ROWS <= high && width >= D;
+  const bool is_whole = WHOLE_TILES<D> && ROWS % STEP == 0 && is_aligned && first >= low && first + ROWS <= high &&
+                        width >= D;
   auto load = [&](int chunk) {
     const int column = chunk * PER_CHUNK<T>;
     const T* from = base + first * stride + (row * stride + column);
@@ -444,7 +453,8 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 
 // load(i, stage) asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are
 // other stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all
-// threads. On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what was loaded; a compute finishes its own.
+// threads. On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what
+// was loaded; a compute finishes its own.
 template <int STAGES, bool WGMMA = false, int LAG = 0, class Load, class Compute>
 __device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& compute) {
   constexpr int AHEAD = STAGES - 1 - LAG;

@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   auto mask = [&](float(&s)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
   };
-  auto mark_live = [&](int i, bool has_support) {
+  auto mark_live = [&](int j, bool has_support) {
     if (any_sync(has_support || has_bad) && params.live && lane_of() == 0)
-      params.live[tile.index * params.n_blocks + list[i]] = LIVE;
+      params.live[tile.index * params.n_blocks + j] = LIVE;
   };
   // The scores of a part of a stage, as p, and w.
   auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
         finish<0>(s);
         mask(s, list[i], 0);
-        mark_live(i, pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
+        mark_live(list[i], pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
         begin_accumulate_both<T, N, NV>(out, out1, weights, v_tiles + stage * BLOCK_N * DV);
         finish<0>(out);
         finish<0>(out1);
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         }
         before = stage;
         mask(s, list[i], 0);
-        mark_live(i, pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
+        mark_live(list[i], pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
         finish<0>(out);
         finish<0>(out1);
         last = weights;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
           has_support |= add_weights(f, g, p, w);
           accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
         }
-        mark_live(i, has_support);
+        mark_live(j, has_support);
       });
     }
     quad_sums(f, g);

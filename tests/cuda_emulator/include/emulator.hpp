@@ -105,6 +105,7 @@ Kernel describe(void (*function)(Arguments...)) {
 #define __host__
 #define __constant__ const
 #define __CUDA_ARCH__ 800
+#define __CUDA_ARCH_FEAT_SM90_ALL
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
