@@ -129,9 +129,9 @@ def _bits(*names: str) -> int:
     return bits
 
 
-# What plain tensors have, and what a thread has when nothing is switched on.
-_PLAIN = _bits("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA") | _bits(
-    "ADInplaceOrView", "BackendSelect"
+# All but what plain tensors have, and what a thread has when nothing is switched on.
+_NOT_PLAIN = ~_bits(
+    *("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView", "BackendSelect")
 )
 
 
@@ -140,10 +140,10 @@ def _is_intercepted(*tensors: Tensor | None) -> bool:
 
     Dispatch keys tell of modes, torch.func's transforms, traces, subclasses and lazy negation.
     """
-    if _C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN:
+    if _C._dispatch_tls_local_include_set().raw_repr() & _NOT_PLAIN:
         return True
     for tensor in tensors:
-        if tensor is not None and _C._dispatch_keys(tensor).raw_repr() & ~_PLAIN:
+        if tensor is not None and _C._dispatch_keys(tensor).raw_repr() & _NOT_PLAIN:
             return True
     return has_torch_function(tensors) or _C._autograd._profiler_enabled()
 

@@ -416,7 +416,8 @@ def _check_agreement(q: Tensor, k: Tensor, v: Tensor) -> None:
     if k_batch != batch or k_head_dim != head_dim:
         expected = f"({batch}, heads_kv, seqlen_k, {head_dim}), for q of shape {tuple(q.shape)}"
         raise _bad("k.shape", tuple(k.shape), expected)
-    if v.shape[:3] != k.shape[:3]:
+    v_batch, v_heads, v_seqlen_k, _ = v.shape
+    if v_batch != batch or v_heads != heads_kv or v_seqlen_k != seqlen_k:
         expected = f"({batch}, {heads_kv}, {seqlen_k}, head_dim_v), for k of shape {tuple(k.shape)}"
         raise _bad("v.shape", tuple(v.shape), expected)
     if heads_q % heads_kv if heads_kv else heads_q:

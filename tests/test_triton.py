@@ -68,13 +68,16 @@ def test_padded(dim: int) -> None:
 
 
 def test_vectors_follow_what_rows_are_aligned_to() -> None:
+    def vector(t: torch.Tensor) -> int:
+        return backend._layout("q", t)[0]
+
     t = torch.zeros(2, 3, 40, 64, dtype=HALF)
-    assert backend._vector(t) == 8
-    assert backend._vector(t[..., 4:]) == 4
-    assert backend._vector(t[..., 1:]) == 1
-    assert backend._vector(torch.zeros(2, 3, 40, 20, dtype=HALF)) == 4
-    assert backend._vector(torch.zeros(1, 1, 1, 3, dtype=HALF)) == 8
-    assert backend._vector(t.float()) == 4
+    assert backend._layout("k", t) == (8, {"stride_kb": 960, "stride_kh": 320, "stride_kn": 8})
+    assert backend._layout("o", t[:1, ..., 4:]) == (4, {"stride_ob": 0, "stride_oh": 640, "stride_om": 16})
+    assert vector(t[..., 1:]) == 1
+    assert vector(torch.zeros(2, 3, 40, 20, dtype=HALF)) == 4
+    assert vector(torch.zeros(1, 1, 1, 3, dtype=HALF)) == 8
+    assert vector(t.float()) == 4
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def test_every_kernel_compiles(
 
 def _constants(launched: list[tuple[Any, Launch, dict[str, Any]]]) -> Iterator[tuple[Any, ...]]:
     for kernel, launch, arguments in launched:
-        yield backend._variant(kernel, launch, [arguments[name] for name in kernel.arg_names])
+        yield backend._variant(kernel, launch, [arguments[name] for name in kernel.arg_names])[0]
 
 
 @compiled_only
@@ -200,6 +203,42 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
         assert all(parameter.do_not_specialize for parameter in integers)
         others = {parameter.name for parameter in run_time} - {parameter.name for parameter in integers}
         assert {name for name in others if name.islower()} <= {"alpha", "scale", "target"}
+
+
+class Recorder:
+    """A kernel, and what is compiled from it: records how it is called."""
+
+    arg_names = ("X", "Y", "n", "stride_xm", "BLOCK", "WIDE")
+
+    def __init__(self, name: str, found: list[tuple[Any, ...]]) -> None:
+        self.fn, self.name, self.found = object(), name, found
+        self.params = [
+            SimpleNamespace(is_constexpr=name in ("BLOCK", "WIDE"), do_not_specialize=name in ("n", "stride_xm"))
+            for name in self.arg_names
+        ]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*values: Any, **options: Any) -> Recorder:
+            self.found.append((self.name, grid, values))
+            return Recorder("compiled", self.found)
+
+        return run
+
+
+def test_arguments_are_bound_once_for_each_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that the compiled kernel is called, and gets addresses in place of tensors."""
+    monkeypatch.setattr(backend, "_is_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_compiled", {})
+    found: list[tuple[Any, ...]] = []
+    kernel, x = Recorder("kernel", found), torch.zeros(64)
+    arguments = {"X": x, "Y": None, "n": 64, "stride_xm": 1, "BLOCK": 16, "WIDE": False, "unused": 3}
+    for changed in ({}, {"n": 5}, {"X": x[1:]}, {"BLOCK": 32}, {"n": 2**31}, {"n": 2**40}, {"X": x[4:], "n": -7}):
+        backend._launch(kernel, 7, Launch(4, 1), **arguments | changed)
+    names = ["kernel", "compiled", "kernel", "kernel", "kernel", "compiled", "compiled"]
+    assert [name for name, _, _ in found] == names
+    assert found[0][1:] == ((7,), (x, None, 64, 1, 16, False))
+    assert found[1][1:] == ((7, 1, 1), (x.data_ptr(), None, 5, 1, 16, False))
+    assert found[6][1:] == ((7, 1, 1), (x.data_ptr() + 16, None, -7, 1, 16, False))
 
 
 def device_here() -> torch.device:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ CHECKS_PER_MULTIPROCESSOR = 16
 SHORT = 16  # queries, at most, that get tiles of their own size
 MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
-# Where keys are split: programs for each multiprocessor, as many as run on it at once, products of one at least, and
-# slots at most, each with 16 maxima that the program of a row goes through.
-PROGRAMS_PER_MULTIPROCESSOR = 3
+# Where keys are split: programs for each multiprocessor by the rows of one, as many as run on it at once; products of
+# one at least; and slots at most, each with 16 maxima that the program of a row goes through.
+PROGRAMS_PER_MULTIPROCESSOR = {16: 3, 32: 3, 64: 2}
 PRODUCTS_PER_SPLIT = 4
 SLOTS = 512
 
@@ -46,25 +47,24 @@ def _is_interpreted() -> bool:
 
 def _readable(t: Tensor) -> Tensor:
     """The tensor with dense rows: a copy only where it has none."""
-    t = t.detach()
+    if t.requires_grad:
+        t = t.detach()
     return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _vector(t: Tensor) -> int:
-    """How many elements, at most 16 bytes, every row is aligned to."""
-    vector = 16 // t.element_size()
-    steps = [stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True) if size > 1]
-    while vector > 1 and (t.data_ptr() % (vector * t.element_size()) or any(step % vector for step in steps)):
-        vector //= 2
-    return vector
+_STRIDES = {name: [f"stride_{name}{axis}" for axis in ("bhm" if name in "qo" else "bhn")] for name in "qkvo"}
 
 
-def _strides(name: str, t: Tensor, vector: int) -> dict[str, int]:
-    """Strides of batch, heads and rows in units of the vector; those of a dimension of size 1 are never used."""
-    return {
-        f"stride_{name}{axis}": stride // vector if size > 1 else 0
-        for axis, size, stride in zip("bhm" if name in "qo" else "bhn", t.shape[:3], t.stride()[:3], strict=True)
-    }
+def _layout(name: str, t: Tensor) -> tuple[int, dict[str, int]]:
+    """How many elements, at most 16 bytes, every row is aligned to, and the strides of batch, heads and rows in those.
+
+    The stride of a dimension of size 1 is never used.
+    """
+    size = t.element_size()
+    strides = [stride if length > 1 else 0 for length, stride in zip(t.shape, t.stride(), strict=True)]
+    bits = t.data_ptr() // size | 16 // size | strides[0] | strides[1] | strides[2]
+    vector = bits & -bits
+    return vector, {argument: stride // vector for argument, stride in zip(_STRIDES[name], strides, strict=False)}
 
 
 def _configure(request: AttentionRequest) -> Config:
@@ -106,9 +106,12 @@ class _Call:
         self.histogram = histogram
         self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
         self.config = _configure(request)
+        # Read once: every property of the request reads a shape.
+        self.batch, self.heads_q, self.seqlen_q, self.head_dim = self.q.shape
+        _, self.heads_kv, self.seqlen_k, self.head_dim_v = self.v.shape
         self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
-        self.programs = request.batch * request.heads_q * self.n_tiles
-        self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
+        self.programs = self.batch * self.heads_q * self.n_tiles
+        self.is_empty = 0 in (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
         alphas = request.alpha_heads
         self.alpha_heads = None if alphas is None else alphas.detach().float().contiguous()
         self.seqlens = [None if t is None else t.detach().contiguous() for t in (request.seqlens_q, request.seqlens_k)]
@@ -116,28 +119,34 @@ class _Call:
     def arguments(self) -> dict[str, Any]:
         """Of every kernel over tiles of queries."""
         request = self.request
-        vector_q, vector_k = _vector(self.q), _vector(self.k)
+        vector_q, strides_q = _layout("q", self.q)
+        vector_k, strides_k = _layout("k", self.k)
         sign = (request.scale > 0) - (request.scale < 0)
         return {
+            "Q": self.q,
+            "K": self.k,
             "ALPHA_HEADS": self.alpha_heads,
             "SEQLENS_Q": self.seqlens[0],
             "SEQLENS_K": self.seqlens[1],
-            **_strides("q", self.q, vector_q),
-            **_strides("k", self.k, vector_k),
+            **strides_q,
+            **strides_k,
             "alpha": request.alpha,
             "scale": abs(request.scale) or 1.0,
-            "group": request.heads_q // request.heads_kv,
-            "seqlen_q": request.seqlen_q,
-            "seqlen_k": request.seqlen_k,
+            "heads_q": self.heads_q,
+            "heads_kv": self.heads_kv,
+            "group": self.heads_q // self.heads_kv,
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
             "n_tiles": self.n_tiles,
             "n_blocks": self.n_blocks,
+            "ALPHA": _alpha_class(request.alpha, self.alpha_heads),
             "PER_HEAD": self.alpha_heads is not None,
             "IS_CAUSAL": request.is_causal,
             "HAS_SEQLENS_Q": self.seqlens[0] is not None,
             "HAS_SEQLENS_K": self.seqlens[1] is not None,
             "SIGN": sign,
-            "HEAD_DIM": request.head_dim,
-            "BLOCK_D": padded(request.head_dim),
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_D": padded(self.head_dim),
             "VEC_Q": vector_q,
             "VEC_K": vector_k,
             "BLOCK_M": self.config.block_m,
@@ -146,11 +155,12 @@ class _Call:
         }
 
     def arguments_of_v(self) -> dict[str, Any]:
-        vector = _vector(self.v)
+        vector, strides = _layout("v", self.v)
         return {
-            **_strides("v", self.v, vector),
-            "HEAD_DIM_V": self.request.head_dim_v,
-            "BLOCK_DV": padded(self.request.head_dim_v),
+            "V": self.v,
+            **strides,
+            "HEAD_DIM_V": self.head_dim_v,
+            "BLOCK_DV": padded(self.head_dim_v),
             "VEC_V": vector,
         }
 
@@ -159,15 +169,14 @@ class _Call:
         dtype = torch.int16 if per_row < 2**15 else torch.int32
         return torch.empty((entries, per_row), dtype=dtype, device=self.q.device)
 
-    @property
-    def alpha_class(self) -> int:
-        """The powers that the kernels are compiled for."""
-        return _alpha_class(self.request.alpha, self.alpha_heads)
+
+_ALPHA_ANY = int(kernels.ALPHA_ANY.value)
+_ALPHAS = {1.5: int(kernels.ALPHA_1_5.value), 2.0: int(kernels.ALPHA_2.value)}
 
 
 def _alpha_class(alpha: float, alphas: Tensor | None) -> int:
-    own = {1.5: kernels.ALPHA_1_5, 2.0: kernels.ALPHA_2}
-    return int((kernels.ALPHA_ANY if alphas is not None else own.get(alpha, kernels.ALPHA_ANY)).value)
+    """The powers that the kernels are compiled for."""
+    return _ALPHA_ANY if alphas is not None else _ALPHAS.get(alpha, _ALPHA_ANY)
 
 
 def _precision(t: Tensor) -> str:
@@ -178,36 +187,55 @@ def _precision(t: Tensor) -> str:
 
 
 class _Places(NamedTuple):
-    """Where the arguments of a kernel stand: what is left are floats."""
+    """Where the arguments of a kernel stand: what is left are floats.
 
-    names: list[str]
-    constants: list[int]
+    ``constants_of`` and ``integers_of`` take these from all values, which ``values_of`` takes from arguments by name.
+    """
+
     pointers: list[int]
     integers: list[int]
+    values_of: Callable[[dict[str, Any]], tuple[Any, ...]]
+    constants_of: Callable[[Sequence[Any]], tuple[Any, ...]]
+    integers_of: Callable[[Sequence[Any]], tuple[int, ...]]
 
 
-@functools.cache
+# By the function that was compiled: a kernel of Triton hashes its source.
+_known_places: dict[Any, _Places] = {}
+
+
 def _places(kernel: Any) -> _Places:
-    own = [i for i, parameter in enumerate(kernel.params) if not parameter.is_constexpr]
-    return _Places(
-        kernel.arg_names,
-        [i for i, parameter in enumerate(kernel.params) if parameter.is_constexpr],
-        [i for i in own if kernel.arg_names[i].isupper()],
-        [i for i in own if kernel.params[i].do_not_specialize],
-    )
+    places = _known_places.get(kernel.fn)
+    if places is None:
+        own = [i for i, parameter in enumerate(kernel.params) if not parameter.is_constexpr]
+        integers = [i for i in own if kernel.params[i].do_not_specialize]
+        places = _known_places[kernel.fn] = _Places(
+            [i for i in own if kernel.arg_names[i].isupper()],
+            integers,
+            itemgetter(*kernel.arg_names),
+            itemgetter(*[i for i, parameter in enumerate(kernel.params) if parameter.is_constexpr]),
+            itemgetter(*integers),
+        )
+    return places
 
 
-def _variant(kernel: Any, launch: Launch, values: Sequence[Any]) -> tuple[Any, ...]:
-    """What Triton compiles for: constants, dtype and alignment of a tensor, and which integers need 64 bits."""
-    _, constants, pointers, integers = _places(kernel)
-    tensors = [values[i] for i in pointers]
-    return (
-        kernel.fn,
-        launch,
-        *[values[i] for i in constants],
-        *[None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors],
-        *[i for i in integers if not -(2**31) <= values[i] < 2**31],
-    )
+def _variant(kernel: Any, launch: Launch, values: Sequence[Any]) -> tuple[tuple[Any, ...], list[Any]]:
+    """What Triton compiles for, and the values with addresses in place of tensors.
+
+    That is constants, dtype and alignment of a tensor, and which integers need 64 bits.
+    """
+    places = _places(kernel)
+    key, addresses = [kernel.fn, launch, *places.constants_of(values)], list(values)
+    for i in places.pointers:
+        t = values[i]
+        if t is None:
+            key.append(None)
+        else:
+            addresses[i] = address = t.data_ptr()
+            key += t.dtype, address % 16
+    integers = places.integers_of(values)
+    if max(integers) >= 2**31 or min(integers) < -(2**31):
+        key += [i for i, value in enumerate(integers) if not -(2**31) <= value < 2**31]
+    return tuple(key), addresses
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -216,30 +244,36 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def _launch(kernel: Any, programs: int, launch: Launch, **arguments: Any) -> None:
     """Run a kernel on those of the arguments that it has.
 
-    Triton binds and specialises the arguments of each variant once, which takes it 50 us.
+    Triton binds and specialises the arguments of each variant once, which takes it 50 us; after that it gets addresses,
+    as it asks the driver about every tensor.
     """
     if _is_interpreted():
         kernel[(programs,)](**{name: arguments[name] for name in kernel.arg_names})
         return
-    values = [arguments[name] for name in _places(kernel).names]
-    key = (torch.cuda.current_device(), *_variant(kernel, launch, values))
+    places = _places(kernel)
+    values = places.values_of(arguments)
+    variant, addresses = _variant(kernel, launch, values)
+    key = values[places.pointers[0]].device, variant
     compiled = _compiled.get(key)
     if compiled is None:
         _compiled[key] = kernel[(programs,)](*values, **launch.options)
     else:
-        compiled[(programs, 1, 1)](*values)
+        compiled[(programs, 1, 1)](*addresses)
 
 
 def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device."""
-    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(t.device)
 
 
 class TritonBackend:
     """alpha-entmax attention on a GPU: one dense pass over the scores, then only the blocks that hold support.
 
     Extra memory beyond the results: a byte and a list entry per tile of queries and block of keys, and out1 (of out's
-    shape, float32) for backward. No call waits for the device, so forward and backward can be captured in a CUDA graph.
+    shape, float32) for backward; with few queries over many keys also 56 KiB, at most, for each query and head. No call
+    waits for the device, so forward and backward can be captured in a CUDA graph.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of
@@ -284,9 +318,9 @@ class TritonBackend:
 
     def _forward(self, call: _Call) -> AttentionResult:
         request, config = call.request, call.config
-        rows = (request.batch, request.heads_q, request.seqlen_q)
+        rows = (call.batch, call.heads_q, call.seqlen_q)
         device = call.q.device
-        out = torch.empty((*rows, request.head_dim_v), dtype=call.q.dtype, device=device)
+        out = torch.empty((*rows, call.head_dim_v), dtype=call.q.dtype, device=device)
         tau = torch.empty(rows, dtype=torch.float32, device=device)
         saved = self.saved_like(request)
         out1, live = saved or (None, None)
@@ -299,19 +333,17 @@ class TritonBackend:
         flags = self._decode(call, arguments, out, tau)
         programs = call.programs
         # Longer chunks where the heads alone are many: most of these programs may have nothing to do.
-        per_head = -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(device) // (request.batch * request.heads_kv))
-        n_checks = -(-request.seqlen_k // KEYS_PER_CHECK)
+        per_head = -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(device) // (call.batch * call.heads_kv))
+        n_checks = -(-call.seqlen_k // KEYS_PER_CHECK)
         chunk = -(-n_checks // per_head) * KEYS_PER_CHECK
-        n_chunks = -(-request.seqlen_k // chunk)
-        first_bad = torch.empty(request.batch * request.heads_kv * n_chunks, dtype=torch.int32, device=device)
+        n_chunks = -(-call.seqlen_k // chunk)
+        first_bad = torch.empty(call.batch * call.heads_kv * n_chunks, dtype=torch.int32, device=device)
         _launch(
             kernels.entmax_attn_check_keys,
             first_bad.numel(),
             Launch(4, 1),
-            K=call.k,
             FIRST_BAD=first_bad,
             FLAGS=flags,
-            heads_kv=request.heads_kv,
             chunk=chunk,
             n_chunks=n_chunks,
             BLOCK=KEYS_PER_CHECK,
@@ -324,8 +356,6 @@ class TritonBackend:
         words = torch.empty((programs, n_words), dtype=torch.int32, device=device)
         counts = torch.empty((programs, 2), dtype=torch.int32, device=device)
         shared = arguments | {
-            "Q": call.q,
-            "K": call.k,
             "TAU": tau,
             "WORDS": words,
             "LIST": lists,
@@ -333,8 +363,6 @@ class TritonBackend:
             "FLAGS": flags,
             "n_words": n_words,
             "WORD": kernels.WORD.value,
-            "heads_q": request.heads_q,
-            "ALPHA": call.alpha_class,
         }
         _launch(
             kernels.entmax_attn_fwd_scan,
@@ -360,7 +388,6 @@ class TritonBackend:
             kernels.entmax_attn_fwd_output,
             programs * config.output_programs,
             config.output,
-            V=call.v,
             OUT=out,
             OUT1=out1,
             TILE_PROGRAMS=config.output_programs,
@@ -372,17 +399,17 @@ class TritonBackend:
     def _decode(self, call: _Call, arguments: dict[str, Any], out: Tensor, tau: Tensor) -> Tensor | None:
         """Few queries over many keys; the flags of what is left to the other kernels, or None if that is all."""
         request = call.request
-        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY:
+        if request.save_for_backward or call.seqlen_q > SHORT or call.seqlen_k < MANY:
             return None
-        rows = request.seqlen_q * (request.heads_q // request.heads_kv)
-        launch, block_m = decode_launch(call.q.dtype, request.head_dim, rows)
+        rows = call.seqlen_q * (call.heads_q // call.heads_kv)
+        launch, block_m = decode_launch(call.q.dtype, call.head_dim, rows)
         if launch is None:
             return None
         n_row_tiles = -(-rows // block_m)
-        units = request.batch * request.heads_kv
-        products = -(-request.seqlen_k // decode.KEYS.value)
+        units = call.batch * call.heads_kv
+        products = -(-call.seqlen_k // decode.KEYS.value)
         slot = -(-products // SLOTS)
-        wanted = PROGRAMS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // (units * n_row_tiles)
+        wanted = PROGRAMS_PER_MULTIPROCESSOR[block_m] * _multiprocessors(call.q.device) // (units * n_row_tiles)
         split = max(-(-products // max(wanted, 1)), PRODUCTS_PER_SPLIT)
         split = -(-split // slot) * slot
         n_splits = -(-products // split)
@@ -393,8 +420,6 @@ class TritonBackend:
         shared = arguments | {
             "MAXIMA": torch.empty((rows, n_slots * decode.GROUPS.value), dtype=torch.float32, device=device),
             "FLAGS": flags,
-            "Q": call.q,
-            "K": call.k,
             "n_slots": n_slots,
             "slot": slot,
         }
@@ -402,7 +427,6 @@ class TritonBackend:
             decode.entmax_attn_decode_scan,
             units * n_row_tiles * n_splits,
             launch,
-            heads_kv=request.heads_kv,
             n_row_tiles=n_row_tiles,
             n_splits=n_splits,
             products=split,
@@ -413,14 +437,11 @@ class TritonBackend:
             decode.entmax_attn_decode_output,
             rows,
             Launch(4, 1, 128),
-            V=call.v,
             OUT=out,
             TAU=tau,
             LIST=torch.empty(found, dtype=torch.int32, device=device),
             SCORES=torch.empty(found, dtype=torch.float32, device=device),
             FOUND=torch.empty(found, dtype=torch.int32, device=device),
-            heads_q=request.heads_q,
-            ALPHA=call.alpha_class,
             MAX_STEPS=MAX_ROW_STEPS,
             BLOCK=4096,
             ROWS_K=min(8192 // arguments["BLOCK_D"], 128),
@@ -448,19 +469,15 @@ class TritonBackend:
             if dalpha is not None:
                 dalpha.zero_()
         else:
-            vector_o = _vector(dout)
+            vector_o, strides_o = _layout("o", dout)
             shared = {
                 **call.arguments(),
                 **call.arguments_of_v(),
-                **_strides("o", dout, vector_o),
-                "Q": call.q,
-                "K": call.k,
-                "V": call.v,
+                **strides_o,
                 "DOUT": dout,
                 "TAU_DELTA": tau_delta,
                 "LIVE": live,
                 "VEC_O": vector_o,
-                "ALPHA": call.alpha_class,
             }
             _launch(
                 kernels.entmax_attn_bwd_dq,
@@ -471,10 +488,9 @@ class TritonBackend:
                 DQ=dq,
                 DALPHA=dalpha,
                 LIST=call.list_like(call.programs, call.n_blocks),
-                heads_q=request.heads_q,
                 **shared,
             )
-            programs = request.batch * request.heads_kv * call.n_blocks
+            programs = call.batch * call.heads_kv * call.n_blocks
             _launch(
                 kernels.entmax_attn_bwd_dkv,
                 programs,
@@ -482,7 +498,6 @@ class TritonBackend:
                 DK=dk,
                 DV=dv,
                 LIST=call.list_like(programs, call.n_tiles),
-                heads_kv=request.heads_kv,
                 PARTS=config.dkv_parts,
                 **shared,
             )
@@ -504,14 +519,11 @@ class TritonBackend:
                     kernels.entmax_attn_support,
                     call.programs,
                     call.config.dq,
-                    Q=call.q,
-                    K=call.k,
                     TAU=tau,
                     SIZES=sizes,
                     BLOCK_MAP=block_map,
                     LIVE=live,
                     LIST=call.list_like(call.programs, call.n_blocks),
-                    heads_q=request.heads_q,
                     map_m=block_m,
                     map_n=block_n,
                     map_rows=map_shape[2],
@@ -577,14 +589,15 @@ def _row_arguments(alpha: float, alpha_rows: Tensor | None, n: int) -> dict[str,
 
 def _tensor_reasons(t: Tensor) -> tuple[str, ...]:
     reasons: tuple[str, ...] = ()
-    if t.dtype not in _DTYPES:
-        reasons += (f"got {t.dtype}; needs float16, bfloat16 or float32",)
-    if t.dtype == torch.bfloat16 and _is_interpreted():
-        reasons += (f"got {t.dtype} in Triton's interpreter, which cannot multiply it; needs float16 or float32",)
-    expected = "cpu" if _is_interpreted() else "cuda"
-    if t.device.type != expected:
-        reasons += (f"got a tensor on {t.device}; needs one on {expected}",)
-    elif expected == "cuda" and (capability := _capability(t.device)) < (8, 0):
+    dtype, device, is_interpreted = t.dtype, t.device, _is_interpreted()
+    if dtype not in _DTYPES:
+        reasons += (f"got {dtype}; needs float16, bfloat16 or float32",)
+    if is_interpreted and dtype == torch.bfloat16:
+        reasons += (f"got {dtype} in Triton's interpreter, which cannot multiply it; needs float16 or float32",)
+    expected = "cpu" if is_interpreted else "cuda"
+    if device.type != expected:
+        reasons += (f"got a tensor on {device}; needs one on {expected}",)
+    elif not is_interpreted and (capability := _capability(device)) < (8, 0):
         reasons += ("got a device of compute capability {}.{}; needs 8.0".format(*capability),)
     return reasons
 

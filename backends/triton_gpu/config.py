@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 __all__ = ["Config", "Launch", "configure", "decode_launch", "padded"]
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """Warps of a program, stages of its software pipeline, and registers of a thread at most."""
 
     num_warps: int
