@@ -150,6 +150,9 @@ CASES: tuple[Case, ...] = (
     ),
     Case("topics", 131072, share=0.25, **(_GPU | {"heads": 4})),
     *(Case(kind, 8192, **_GPU) for kind in ("iid", "wide", "narrow")),
+    # Entries everywhere, and few of them.
+    Case("iid", 32768, **_GPU),
+    *(Case("iid", seqlen, gain=3.5, **_GPU) for seqlen in (8192, 32768)),
     *(Case("topics", 8192, alpha=alpha, **_GPU) for alpha in (1.3, 2.0)),
     Case("topics", 8192, is_causal=False, **_GPU),
     Case("topics", 8192, **(_GPU | {"dtype": torch.float16})),

@@ -49,14 +49,16 @@ PEERS = {
     "triton": "adasplash2 triton",
     "cupy": "adasplash2 cupy",
 }
-# head_dim, keys, heads: share of make_inputs("topics") to the goal for forward + backward on an H200, in units of
-# FlashAttention-2's time.
+# Inputs, head_dim, keys, heads: share of make_inputs("topics"), or gain of others, to the goal for forward + backward
+# on an H200, in units of FlashAttention-2's time.
 GOALS = {
-    (64, 8192, 16): {0.5: 0.45, 0.25: 0.40, 0.1: 0.33},
-    (64, 32768, 16): {0.25: 0.23, 0.1: 0.21},
-    (128, 8192, 16): {0.5: 0.55, 0.25: 0.42, 0.1: 0.33},
-    (128, 16384, 16): {0.5: 0.45, 0.25: 0.37, 0.1: 0.28},
-    (64, 131072, 4): {0.25: 0.18},
+    ("topics", 64, 8192, 16): {0.5: 0.45, 0.25: 0.40, 0.1: 0.33},
+    ("topics", 64, 32768, 16): {0.25: 0.23, 0.1: 0.21},
+    ("topics", 128, 8192, 16): {0.5: 0.55, 0.25: 0.42, 0.1: 0.33},
+    ("topics", 128, 16384, 16): {0.5: 0.45, 0.25: 0.37, 0.1: 0.28},
+    ("topics", 64, 131072, 4): {0.25: 0.18},
+    ("iid", 64, 8192, 16): {1: 0.8, 3.5: 0.6},
+    ("iid", 64, 32768, 16): {1: 0.5, 3.5: 0.35},
 }
 # Okabe and Ito's colours, apart for colour-blind eyes too.
 COLOURS = dict(zip(KINDS, ("#000000", "#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7"), strict=True))
@@ -77,6 +79,8 @@ STAGES = {
     "output": ("_fwd_output", 4),
     "dq": ("_bwd_dq", 3),
     "dkv": ("_bwd_dkv", 4),
+    "dq by entries": ("_bwd_dq_entries", 0),
+    "dkv by entries": ("_bwd_dkv_entries", 0),
 }
 
 
@@ -336,26 +340,33 @@ def _is_plain_topics(case: Row) -> bool:
 def _goals_table(results: Results) -> str:
     """What forward + backward was meant to take, and what it took, at each shape that was timed."""
     lines = []
-    for (head_dim, seqlen, heads), goals in GOALS.items():
+    for (kind, head_dim, seqlen, heads), goals in GOALS.items():
         cases = {
-            case["share"]: case
+            case["share"] if kind == "topics" else case["gain"]: case
             for case in results.cases
-            if _is_plain_topics(case)
-            and (case["head_dim"], case["seqlen"], case["heads"]) == (head_dim, seqlen, heads)
-            and case["share"] in goals
+            if (case["kind"], case["alpha"], case["is_causal"], case["dtype"]) == (kind, 1.5, True, "bf16")
+            and (case["op"], case["head_dim"], case["seqlen"], case["heads"]) == ("attention", head_dim, seqlen, heads)
         }
-        rows = {share: results.ours(case, "fwd_bwd") for share, case in cases.items()}
-        measured = {share: 1 / row["speedup"][0] for share, row in rows.items() if row and "speedup" in row}
-        if measured:
+        cases = {setting: case for setting, case in cases.items() if setting in goals}
+        measured = {
+            name: [results.rows.get((case["name"], name, "fwd_bwd"), {}) for case in cases.values()]
+            for name in ("triton", "cupy")
+        }
+        if any("speedup" in row for rows in measured.values() for row in rows):
+            texts = (
+                " / ".join(_ratio(1 / row["speedup"][0]) if "speedup" in row else "-" for row in rows)
+                for rows in measured.values()
+            )
             lines.append(
                 [
-                    f"{head_dim}, {seqlen}, {heads}",
-                    " / ".join(_share(cases[share]["support"]["blocks"]) for share in measured),
-                    " / ".join(_ratio(goals[share]) for share in measured),
-                    " / ".join(map(_ratio, measured.values())),
+                    f"{kind}, {head_dim}, {seqlen}, {heads}",
+                    " / ".join(_share(case["support"]["blocks"]) for case in cases.values()),
+                    " / ".join(_ratio(goals[setting]) for setting in cases),
+                    *texts,
                 ]
             )
-    return markdown_table(["head_dim, keys, heads", "blocks", "goal", "measured"], lines) if len(lines) > 1 else ""
+    header = ["inputs, head_dim, keys, heads", "blocks", "goal", "triton", "cupy"]
+    return markdown_table(header, lines) if len(lines) > 1 else ""
 
 
 def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
@@ -674,9 +685,9 @@ def _kernel_sections(path: Path) -> Iterator[str]:
     yield (
         f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
         "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over live blocks "
-        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which are not counted; "
-        "in cupy it is part of output. The last column is forward + backward in units of FlashAttention-2's time in "
-        "the same run: less is better."
+        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which are not counted. "
+        "Where a backend takes tiles by their entries, refine has their output too, and only the scan's rate is given. "
+        "The last column is forward + backward in units of FlashAttention-2's time in the same run: less is better."
     )
     lines = []
     for case in results["cases"]:
@@ -713,6 +724,8 @@ def _kernel_time(times: Mapping[str, float], stage: str, pairs: float, case: Row
     found = [time for name, time in times.items() if name.endswith(ending)]
     if not found:
         return ""
+    by_entries = any(name.endswith("_entries") for name in times)
+    products = 0 if by_entries and stage != "scan" else products
     share = 1 if stage == "scan" else case["support"]["blocks"]
     rate = 2e-6 * case["head_dim"] * pairs * share * products / found[0]
     return _digits(found[0]) + (f" ({rate:.0f})" if products else "")
