@@ -34,7 +34,7 @@ LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
 LONG = 16_384  # queries and keys
 
-WARP_ENTRIES = 1024  # above the bound of tau that a warp has room for (refine.cu)
+LANE_ENTRIES = {64: 52, 128: 42}  # above the bound of tau that a lane has room for (refine.cu), by head
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
 ENTRIES = 6144
 ENTRY_BLOCKS = 2048
@@ -143,7 +143,7 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
         return SCRATCH + (max(tile, ring) if in_registers else tile + ring)
     if kernel == "refine":
         if launch.wgmma:
-            listed = launch.warps * WARP_ENTRIES * 8 if config.entries else 0
+            listed = launch.warps * 32 * LANE_ENTRIES[config.head] * 6 if config.entries else 0
             return SCRATCH + max(tile, launch.stages * block) + listed
         return SCRATCH + tile + launch.stages * block
     if kernel == "output":

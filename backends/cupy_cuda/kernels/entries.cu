@@ -61,20 +61,26 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   }
   syncwarp();
 
-  RowSums<D> dq = {};
-  for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
+  for_entries<ROWS>(entries, start, [&](int at, int, int row, int n) {
     const float row_delta = shfl(delta, 2 * row);
-    float p = 0, ds = 0;
-    if (lane < n) {
-      float w;
-      powers<ALPHA>(dequantise(entries.us()[at]), r, p, w);
-      ds = w * (__uint_as_float(pairs[at]) - row_delta);
-      pairs[at] = pack2<T>(p, ds);
-    }
-    add_rows<T, D>(dq, k, params.stride_kn, params.head_dim, params.aligned_k, key, row, ds, n);
+    if (lane >= n) return;
+    float p, w;
+    powers<ALPHA>(dequantise(entries.us()[at]), r, p, w);
+    pairs[at] = pack2<T>(p, w * (__uint_as_float(pairs[at]) - row_delta));
   });
-  store_sums<T, D>(static_cast<T*>(params.dq) + (tile.row + first_query) * params.head_dim, dq,
-                   params.scale * params.sign, params.head_dim, params.seqlen_q - first_query);
+  T* dq_rows = static_cast<T*>(params.dq) + (tile.row + first_query) * params.head_dim;
+  // More channels at once would need as many registers.
+#pragma unroll 1
+  for (int channel = 0; channel < D; channel += 64) {
+    const int width = params.head_dim - channel;
+    RowSums<64> dq = {};
+    for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
+      const float ds = lane < n ? unpack2<T>(pairs[at]).y : 0.0f;
+      add_rows<T, 64>(dq, k + channel, params.stride_kn, width, params.aligned_k, key, row, ds, n);
+    });
+    store_sums<T, 64>(dq_rows + channel, dq, params.scale * params.sign, params.head_dim, width,
+                      params.seqlen_q - first_query);
+  }
 
   for_runs<ROWS, BLOCK_N>(entries, start, [&](int, int, int, int block, Run run) {
     if (block >= 0 && run.is_last) places[block] += run.rank + 1;
@@ -123,8 +129,8 @@ struct alignas(8) Taken {
 
 constexpr int TAKEN = 1024;  // at once
 
-// What entry tiles add to dk and dv of one block of keys; where other tiles are live too, to the results of dkv. Half of
-// the warps have dk of 16 keys each, half dv, and take the entries of their own keys in the order of the tiles.
+// What entry tiles add to dk and dv of one block of keys; where other tiles are live too, to the results of dkv. Half
+// of the warps have dk of 16 keys each, half dv, and take the entries of their own keys in the order of the tiles.
 template <class T, int D, int BLOCK_M, int BLOCK_N, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dkv_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
@@ -205,5 +211,5 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
   const int first_key = block.j * BLOCK_N + keys * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
   const long long first_row = (static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv) * params.seqlen_k;
   store_sums<T, D>(static_cast<T*>(is_dv ? params.dv : params.dk) + (first_row + first_key) * width, sums,
-                   is_dv ? 1.0f : params.scale * params.sign, width, params.seqlen_k - first_key, bits & LIVE);
+                   is_dv ? 1.0f : params.scale * params.sign, width, width, params.seqlen_k - first_key, bits & LIVE);
 }

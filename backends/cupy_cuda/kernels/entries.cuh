@@ -32,6 +32,10 @@ struct EntryList {
   __device__ __forceinline__ unsigned short* codes() const { return shorts; }
 };
 
+// At most, of tiles whose values have up to D channels.
+template <int BLOCK_M, int D>
+constexpr int CAPACITY = 2 * BLOCK_M * D / 3 < ENTRIES ? 2 * BLOCK_M * D / 3 : ENTRIES;
+
 // Of the tile of queries from `first` on, in the head whose first query is `row` among all.
 template <int BLOCK_M>
 __device__ __forceinline__ EntryList entry_list(float* tensor, const Params& params, long long row, int first) {
@@ -69,9 +73,15 @@ __device__ __forceinline__ Channels<N> load_channels(const T* row, int channel, 
   if (is_aligned) {
     if (channel < width) channels = *reinterpret_cast<const Channels<N>*>(row + channel);
   } else {
+    // Rolled, because many loads under way would need as many registers.
+#pragma unroll 1
+    for (int i = channel; i < channel + N; i++) {
 #pragma unroll
-    for (int i = 0; i < N; i++)
-      if (channel + i < width) channels.words[i / 2] |= static_cast<unsigned>(row[channel + i].bits) << i % 2 * 16;
+      for (int word = 0; word < N / 2 - 1; word++)
+        channels.words[word] = channels.words[word] >> 16 | channels.words[word + 1] << 16;
+      const unsigned last = i < width ? row[i].bits : 0;
+      channels.words[N / 2 - 1] = channels.words[N / 2 - 1] >> 16 | last << 16;
+    }
   }
   return channels;
 }
@@ -86,8 +96,8 @@ __device__ __forceinline__ void unpack_channels(float (&x)[N], const Channels<N>
   }
 }
 
-// ---- products with rows that lie anywhere, of 32 entries, one a lane, of which the first n count. `from` is the number of
-// the row in memory, `to` that of one of 16 rows in registers.
+// ---- products with rows that lie anywhere, of 32 entries, one a lane, of which the first n count. `from` is the number
+// of the row in memory, `to` that of one of 16 rows in registers.
 
 // Of each row chunks `chunk` + STEP i of eight channels, all under way at once; zeros where a row is null.
 template <class T, int STEP, int R, int N>
@@ -104,11 +114,9 @@ __device__ __forceinline__ void load_chunks(Channels<8> (&chunks)[R][N], const T
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < R * N; i++) {
+    for (int i = 0; i < R * N; i++)
       if (rows[i / N])
         chunks[i / N][i % N] = load_channels<T, 8>(rows[i / N], 8 * (chunk + STEP * (i % N)), width, false);
-      syncwarp();  // more loads under way would need as many registers
-    }
   }
 }
 
@@ -125,10 +133,9 @@ __device__ __forceinline__ int channel_of(int part, int e) {
 template <class T, int D>
 __device__ __forceinline__ void add_rows(RowSums<D>& sums, const T* base, long long stride, int width, bool is_aligned,
                                          int from, int to, float weight, int n) {
-  constexpr int C = D / 64;
   const unsigned row_and_weight = lane_of() < n ? pack2<T>(weight, 0.0f) | static_cast<unsigned>(to) << 16 : 0;
   // More loads under way would need as many registers.
-#pragma unroll(2 / C)
+#pragma unroll(D > 64 ? 1 : 2)
   for (int step = 0; step < 2; step++) {
     const T* rows[4];
     unsigned weights[2][4];  // of rows lane / 4 and lane / 4 + 8
@@ -142,37 +149,39 @@ __device__ __forceinline__ void add_rows(RowSums<D>& sums, const T* base, long l
       for (int half = 0; half < 2; half++)
         weights[half][i] = coded >> 16 == lane_of() / 4 + 8 * half ? coded & 0xffffu : 0;
     }
-    Channels<8> chunks[4][C];
-    load_chunks<T, 8>(chunks, rows, lane_of() / 4, width, is_aligned);
     unsigned a[1][4];
 #pragma unroll
     for (int i = 0; i < 4; i++) a[0][i] = weights[i % 2][i / 2 * 2] | weights[i % 2][i / 2 * 2 + 1] << 16;
 #pragma unroll
-    for (int part = 0; part < D / 8; part += 2) {
-      unsigned b[4];
+    for (int first_part = 0; first_part < D / 8; first_part += 8) {
+      Channels<8> chunks[4][1];
+      load_chunks<T, 1>(chunks, rows, first_part + lane_of() / 4, width, is_aligned);
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const unsigned first = chunks[2 * i][part / 8].words[part % 8 / 2];
-        const unsigned second = chunks[2 * i + 1][part / 8].words[part % 8 / 2];
-        b[i] = (first & 0xffffu) | second << 16;
-        b[2 + i] = first >> 16 | (second & 0xffff0000u);
+      for (int part = 0; part < 8; part += 2) {
+        unsigned b[4];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const unsigned first = chunks[2 * i][0].words[part / 2], second = chunks[2 * i + 1][0].words[part / 2];
+          b[i] = (first & 0xffffu) | second << 16;
+          b[2 + i] = first >> 16 | (second & 0xffff0000u);
+        }
+        multiply<T>(sums, a, b, first_part + part);
       }
-      multiply<T>(sums, a, b, part);
     }
   }
 }
 
-// The first n rows of sums, times factor, to rows of `width` channels one behind the other; added to what is there, if
-// asked for.
+// The first n rows of sums, times factor, to `width` channels of rows that lie `stride` apart; added to what is there,
+// if asked for.
 template <class T, int D>
-__device__ __forceinline__ void store_sums(T* rows, const RowSums<D>& sums, float factor, int width, int n,
-                                           bool adds = false) {
-  const bool is_aligned = width % 8 == 0;
+__device__ __forceinline__ void store_sums(T* rows, const RowSums<D>& sums, float factor, int stride,
+                                           int width, int n, bool adds = false) {
+  const bool is_aligned = stride % 8 == 0;
 #pragma unroll
   for (int i = 0; i < D / 16; i++) {
     const int e = i % 4, part = i / 4 * 8, row = lane_of() / 4 + e / 2 * 8, channel = channel_of(part, e);
     if (row >= n || channel >= width) continue;
-    T* to = rows + row * width + channel;
+    T* to = rows + row * stride + channel;
     float x[8] = {};
     if (adds) unpack_channels<T>(x, load_channels<T, 8>(to, 0, width - channel, is_aligned));
     Channels<8> packed;
@@ -250,17 +259,6 @@ __device__ __forceinline__ float multiply_rows(const RowChunks<D>& rows, const T
 
 // ---- over the lanes of a warp
 
-// Adds up the 2 N numbers of lanes that are `mask` apart; each keeps N, those behind where its own bit is set.
-template <int N>
-__device__ __forceinline__ void fold(float* x, int mask) {
-  const bool is_second = (lane_of() & mask) != 0;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    const float first = x[i], second = x[i + N];
-    x[i] = (is_second ? second : first) + shfl_xor(is_second ? first : second, mask);
-  }
-}
-
 // Where this thread's n go after `count` others and those of the threads before; otherwise as `compact`.
 template <int WARPS>
 __device__ __forceinline__ int reserve(int n, int& count, int* scratch) {
@@ -295,8 +293,8 @@ __device__ __forceinline__ Run run_of(int number) {
 
 // ---- a warp's entries
 
-// take(at, key, row, n) for 32 of them at a time, one a lane; n count. The next ones are under way meanwhile. `start` is
-// of row `lane`, and behind the last one.
+// take(at, key, row, n) for 32 of them at a time, one a lane; n count. The next ones are under way meanwhile. `start`
+// is of row `lane`, and behind the last one.
 template <int ROWS, class Take>
 __device__ __forceinline__ void for_entries(const EntryList& entries, int start, Take&& take) {
   const int end = shfl(start, ROWS);

@@ -5,198 +5,195 @@
 
 constexpr int MAX_STEPS = 16;
 
-// The entries above the bound of tau that a warp has room for, on the 16 rows of the tile that are its own.
-constexpr int WARP_ENTRIES = 1024;
 // More than so many in a block cost more one by one than the block does.
 constexpr int ENTRIES_PER_BLOCK = 96;
 // What a warp may have more than that, for the blocks that it begins with.
 constexpr int SPARE_ENTRIES = 128;
 
-struct alignas(8) Entry {
-  static constexpr int KEY_BITS = 28;
-  float score;
-  unsigned row_and_key;
+// The scores above the bound of tau that a lane has met, in order of the keys: those of its first row from place 0 on,
+// those of its second row from the last place back.
+struct LaneEntries {
+  static constexpr int COLUMN_BITS = 4;
 
-  __device__ __forceinline__ int row() const { return static_cast<int>(row_and_key >> KEY_BITS); }
-  __device__ __forceinline__ int key() const { return static_cast<int>(row_and_key & ((1u << KEY_BITS) - 1)); }
+  float* scores;          // of place i at 32 i; u later
+  unsigned short* codes;  // which of the listed blocks, column tile and column
+  int room;
+  int low = 0, high;  // the places between are free
+
+  __device__ __forceinline__ int count(int row) const { return row == 0 ? low : room - high; }
+  __device__ __forceinline__ int place(int row, int i) const { return 32 * (row == 0 ? i : room - 1 - i); }
+  __device__ __forceinline__ int count() const { return count(0) + count(1); }
+
+  // Of columns 2 (lane % 4) and the next one of a column tile; false if there may be no room.
+  __device__ __forceinline__ bool add(const float (&s)[4], const float (&bound)[2], unsigned code) {
+    if (low + 4 > high) return false;
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      if (s[e] > bound[0]) {
+        scores[32 * low] = s[e];
+        codes[32 * low++] = static_cast<unsigned short>(code + e);
+      }
+      if (s[2 + e] > bound[1]) {
+        scores[32 * --high] = s[2 + e];
+        codes[32 * high] = static_cast<unsigned short>(code + e);
+      }
+    }
+    return true;
+  }
 };
 
-// Exclusive, over each half of a warp.
-__device__ __forceinline__ int sum_of_lanes_before(int value) {
-  int sum = value;
-#pragma unroll
-  for (int step = 1; step < 16; step *= 2) {
-    const int before = shfl(sum, max(lane_of() - step, 0));
-    sum += lane_of() % 16 >= step ? before : 0;
-  }
-  return sum - value;
-}
-
-// Puts the places of a warp's entries in order of their rows, otherwise as they are: of row `lane % 16`, first and last.
-struct RowRange {
-  int first, last;
+// Of a lane's rows: how many entries with u > 0 it has of each, and where those of the row go; n in all of the warp,
+// that begin at `begin` among the tile's `total`.
+struct EntryPlaces {
+  int size[2], start[2];
+  int n, begin, total;
 };
 
-__device__ __forceinline__ RowRange order_by_row(unsigned short* order, const Entry* entries, int n) {
-  constexpr int ROW_BITS = 4;
-  unsigned votes[ROW_BITS], valid = 0;
-  int row = 0;
-  auto vote = [&](int first) {
-    const int i = first + lane_of();
-    row = i < n ? entries[i].row() : 0;
-    valid = ballot(i < n);
-#pragma unroll
-    for (int bit = 0; bit < ROW_BITS; bit++) votes[bit] = ballot(row >> bit & 1);
-  };
-  auto lanes_with = [&](int row) {
-    unsigned lanes = valid;
-#pragma unroll
-    for (int bit = 0; bit < ROW_BITS; bit++) lanes &= row >> bit & 1 ? votes[bit] : ~votes[bit];
-    return lanes;
-  };
-  int size = 0;
-  for (int first = 0; first < n; first += 32) {
-    vote(first);
-    size += popcount(lanes_with(lane_of() % 16));
-  }
-  RowRange range;
-  range.first = range.last = sum_of_lanes_before(size);
-  for (int first = 0; first < n; first += 32) {
-    vote(first);
-    const int at = shfl(range.last, row) + popcount(lanes_with(row) & lanes_before());
-    if (first + lane_of() < n) order[at] = static_cast<unsigned short>(first + lane_of());
-    range.last += popcount(lanes_with(lane_of() % 16));
-  }
-  syncwarp();
-  return range;
-}
-
-// sums += weight * row, of the rows that the lanes' keys name and their weights: groups of LANES lanes take a row each.
-template <class T, int LANES>
-__device__ __forceinline__ void add_rows(float (&sums)[8], const T* base, long long stride, int width, bool is_aligned,
-                                         int key, float weight, int n) {
-  const int group = lane_of() / LANES * LANES, channel = lane_of() % LANES * 8;
-  // Rolled, because more loads under way would need as many registers.
-#pragma unroll 1
-  for (int from = 0; from < LANES; from += 8) {
-    Channels<8> rows[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const T* row = base + shfl(key, group + from + i) * stride;
-      rows[i] = group + from + i < n ? load_channels<T, 8>(row, channel, width, is_aligned) : Channels<8>{};
-    }
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      const float factor = shfl(weight, group + from + i);
-      float x[8];
-      unpack_channels<T>(x, rows[i]);
-#pragma unroll
-      for (int e = 0; e < 8; e++) sums[e] += factor * x[e];
-    }
-  }
-}
-
-// The sums of all groups, times factor.
-template <class T, int LANES>
-__device__ __forceinline__ void store_row(T* row, float (&sums)[8], float factor, int width) {
-  int column = lane_of() % LANES * 8 + lane_of() / 16 * 4;
-  fold<4>(sums, 16);
-  if constexpr (LANES == 8) {
-    fold<2>(sums, 8);
-    column += lane_of() / 8 % 2 * 2;
-  }
-#pragma unroll
-  for (int i = 0; i < LANES / 4; i += 2) store_pair(row, column + i, width, sums[i] * factor, sums[i + 1] * factor);
-}
-
-// tau and out of a tile from the n entries that this warp has of its rows; false, and nothing has changed, if there is
-// no room to leave them for backward.
-template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int WARPS>
-__device__ __forceinline__ bool attend_by_entries(const Params& params, const QueryTile& tile, const Entry* entries,
-                                                  unsigned short* order, int n, float* scratch) {
-  constexpr int ROWS = BLOCK_M / WARPS;
-  static_assert(ROWS == 16);
-  const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const int first_row = warp_of() * ROWS;
-  const RowRange range = order_by_row(order, entries, n);
-
-  // Two lanes to a row.
-  const int row = tile.first + first_row + lane_of() / 2;
-  const RowRange own{shfl(range.first, lane_of() / 2), shfl(range.last, lane_of() / 2)};
-  float tau = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
+// Raises tau to its end, and leaves u of the support alone in the lists.
+template <int ALPHA, int WARPS>
+__device__ __forceinline__ EntryPlaces solve_by_entries(LaneEntries& entries, float (&tau)[2], float c, float r,
+                                                        int* scratch) {
+  const int longest = max(entries.count(0), entries.count(1));
   for (int step = 0; step < MAX_STEPS; step++) {
-    float f = 0, g = 0;
-    for (int i = own.first + lane_of() % 2; i < own.last; i += 2) {
-      float p, w;
-      powers<ALPHA>(fmaxf(entries[order[i]].score * c - tau, 0.0f), r, p, w);
-      f += p;
-      g += w;
+    float f[2] = {}, g[2] = {}, largest = 0;
+#pragma unroll 4
+    for (int i = 0; i < longest; i++)
+#pragma unroll
+      for (int row = 0; row < 2; row++) {
+        const float u = i < entries.count(row) ? entries.scores[entries.place(row, i)] * c - tau[row] : 0.0f;
+        float p, w;
+        powers<ALPHA>(fmaxf(u, 0.0f), r, p, w);
+        f[row] += p;
+        g[row] += w;
+      }
+    quad_sums(f, g);
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const float change = newton_step<ALPHA>(f[row], g[row], r);
+      tau[row] += change;
+      largest = fmaxf(largest, change);
     }
-    f += shfl_xor(f, 1);
-    g += shfl_xor(g, 1);
-    const float change = newton_step<ALPHA>(f, g, r);
-    tau += change;
     // Below the rounding of u it is noise.
-    if (!any_sync(change > 1e-6f)) break;
+    if (!any_sync(largest > 1e-6f)) break;
   }
-  int size = 0;
-  for (int i = own.first + lane_of() % 2; i < own.last; i += 2) size += entries[order[i]].score * c - tau > 0;
-  size += shfl_xor(size, 1);
-  size = shfl(size, lane_of() % 16 * 2);  // of row lane % 16, as range
-  int* totals = reinterpret_cast<int*>(scratch);
-  const int before = sum_of_lanes_before(size);
-  int start = before, total = 0;
+
+  EntryPlaces places{};
+#pragma unroll
+  for (int row = 0; row < 2; row++)
+    for (int i = 0; i < entries.count(row); i++) {
+      const int place = entries.place(row, i), to = entries.place(row, places.size[row]);
+      const float u = entries.scores[place] * c - tau[row];
+      if (!(u > 0)) continue;
+      entries.scores[to] = u;
+      entries.codes[to] = entries.codes[place];
+      places.size[row]++;
+    }
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    int sum = places.size[row] + shfl_xor(places.size[row], 1);
+    sum += shfl_xor(sum, 2);
+    places.start[row] = places.n - sum;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      const int before = shfl(sum, max(lane_of() - step, 0));
+      sum += lane_of() >= step ? before : 0;
+    }
+    places.start[row] += sum;
+    places.n += shfl(sum, 31);
+  }
   __syncthreads();
-  if (lane_of() == ROWS - 1) totals[warp_of()] = before + size;
+  if (lane_of() == 0) scratch[warp_of()] = places.n;
   __syncthreads();
   for (int i = 0; i < WARPS; i++) {
-    start += i < warp_of() ? totals[i] : 0;
-    total += totals[i];
+    places.begin += i < warp_of() ? scratch[i] : 0;
+    places.total += scratch[i];
   }
-  const bool is_saved = params.out1 != nullptr;
-  const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
-  // Without a backward pass too, so that out has the same bits.
-  if (total > saved.capacity) return false;
+  return places;
+}
+
+// out of a tile, and what backward needs. `staged` has room for the entries in shared memory.
+template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int WARPS>
+__device__ __forceinline__ void attend_by_entries(const Params& params, const QueryTile& tile,
+                                                  const LaneEntries& entries, const EntryPlaces& places,
+                                                  const EntryList& saved, const int* list, const float (&tau)[2],
+                                                  void* staged, float r) {
+  constexpr int ROWS = BLOCK_M / WARPS;
+  constexpr int ROW_BITS = 4;
+  static_assert(ROWS == 1 << ROW_BITS);
+  const int first_row = warp_of() * ROWS, first_query = tile.first + first_row;
+
+  // By row, with keys in order: the four lanes of a row know where theirs go by how many keys of the others are before.
+  unsigned* keys = reinterpret_cast<unsigned*>(staged) + places.begin;
+  unsigned short* us =
+      reinterpret_cast<unsigned short*>(reinterpret_cast<unsigned*>(staged) + saved.capacity) + places.begin;
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    int sizes[4], before[4] = {};
+#pragma unroll
+    for (int other = 1; other < 4; other++) sizes[other] = shfl_xor(places.size[row], other);
+    syncwarp();
+    for (int i = 0; i < places.size[row]; i++) {
+      const int place = entries.place(row, i);
+      const unsigned code = entries.codes[place];
+      int to = places.start[row] + i;
+#pragma unroll
+      for (int other = 1; other < 4; other++) {
+        const int lane = lane_of() ^ other;
+        const unsigned end = code / 2 + (lane < lane_of());
+        while (before[other] < sizes[other] &&
+               entries.codes[entries.place(row, before[other]) + lane - lane_of()] / 2 < end)
+          before[other]++;
+        to += before[other];
+      }
+      const int column = column_of(code % (1 << LaneEntries::COLUMN_BITS) / 2, code % 2);
+      const unsigned key = list[code >> LaneEntries::COLUMN_BITS] * BLOCK_N + column;
+      keys[to] = key << ROW_BITS | (lane_of() / 4 + 8 * row);
+      us[to] = quantise(entries.scores[place]);
+    }
+  }
+  syncwarp();
+
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    const int query = first_query + lane_of() / 4 + 8 * row;
+    if (lane_of() % 4 == 0 && query < params.seqlen_q) params.tau[tile.row + query] = tau[row];
+  }
   signed char* live = params.live + tile.index * params.n_blocks;
-  if (is_saved) {
-    if (lane_of() < ROWS) saved.starts()[first_row + lane_of()] = static_cast<unsigned short>(start);
-    if (threadIdx.x == 0) saved.starts()[BLOCK_M] = static_cast<unsigned short>(total);
+  if (params.out1) {
+#pragma unroll
+    for (int row = 0; row < 2; row++) {
+      const int start = places.begin + places.start[row];
+      if (lane_of() % 4 == 0) saved.starts()[first_row + lane_of() / 4 + 8 * row] = static_cast<unsigned short>(start);
+    }
+    if (threadIdx.x == 0) saved.starts()[BLOCK_M] = static_cast<unsigned short>(places.total);
+    for (int i = lane_of(); i < places.n; i += 32) {
+      const int key = static_cast<int>(keys[i] >> ROW_BITS);
+      saved.keys()[places.begin + i] = key;
+      saved.us()[places.begin + i] = us[i];
+      live[key / BLOCK_N] = HAS_ENTRIES;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) live[0] |= ENTRY_TILE;
   }
-  if (lane_of() % 2 == 0 && row < params.seqlen_q) params.tau[tile.row + row] = tau;
+  if (threadIdx.x == 0) params.counts[tile.index] = -1;
 
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
+  T* out_rows = static_cast<T*>(params.out) + (tile.row + first_query) * params.head_dim_v;
+  // More channels at once would need as many registers.
 #pragma unroll 1
-  for (int i_row = 0; i_row < ROWS && tile.first + first_row + i_row < params.seqlen_q; i_row++) {
-    const int first = shfl(range.first, i_row), last = shfl(range.last, i_row);
-    const float row_tau = shfl(tau, 2 * i_row);
-    int to = shfl(start, i_row);
-    float out[8] = {};
+  for (int channel = 0; channel < D; channel += 64) {
+    const int width = params.head_dim_v - channel;
+    RowSums<64> out = {};
 #pragma unroll 1
-    for (int at = first; at < last; at += 32) {
-      const bool is_entry = at + lane_of() < last;
-      const Entry entry = entries[order[is_entry ? at + lane_of() : first]];
-      const float u = is_entry ? fmaxf(entry.score * c - row_tau, 0.0f) : 0.0f;
+    for (int first = 0; first < places.n; first += 32) {
+      const int i = min(first + lane_of(), places.n - 1);
       float p, w;
-      powers<ALPHA>(u, r, p, w);
-      const unsigned support = ballot(u > 0);
-      if (is_saved && u > 0) {
-        const int place = to + popcount(support & lanes_before());
-        saved.keys()[place] = entry.key();
-        saved.us()[place] = quantise(u);
-        live[entry.key() / BLOCK_N] = HAS_ENTRIES;
-      }
-      to += popcount(support);
-      add_rows<T, D / 8>(out, v, params.stride_vn, params.head_dim_v, params.aligned_v, entry.key(), p, last - at);
+      powers<ALPHA>(dequantise(us[i]), r, p, w);
+      add_rows<T, 64>(out, v + channel, params.stride_vn, width, params.aligned_v,
+                      static_cast<int>(keys[i] >> ROW_BITS), static_cast<int>(keys[i] % ROWS), p, places.n - first);
     }
-    T* out_row = static_cast<T*>(params.out) + (tile.row + tile.first + first_row + i_row) * params.head_dim_v;
-    store_row<T, D / 8>(out_row, out, 1.0f, params.head_dim_v);
+    store_sums<T, 64>(out_rows + channel, out, 1.0f, params.head_dim_v, width, params.seqlen_q - first_query);
   }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    if (is_saved) live[0] |= ENTRY_TILE;
-    params.counts[tile.index] = -1;
-  }
-  return true;
 }
 
 // Adds this thread's p to f and its w to g, of each row, from the scores; whether it has support among them.
@@ -279,9 +276,18 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
   };
   if constexpr (ENTRIES) {
-    Entry* entries = reinterpret_cast<Entry*>(scratch + 32) + warp_of() * WARP_ENTRIES;
+    constexpr int ROOM = D > 64 ? 42 : 52;  // of a lane
+    static_assert(CAPACITY<BLOCK_M, D> * 6 <= RING * static_cast<int>(sizeof(T)));
+    LaneEntries entries;
+    entries.room = entries.high = ROOM;
+    entries.scores = scratch + 32 + warp_of() * 32 * ROOM + lane_of();
+    entries.codes =
+        reinterpret_cast<unsigned short*>(scratch + 32 + THREADS * ROOM) + warp_of() * 32 * ROOM + lane_of();
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
-    int n = 0, n_steps = params.by_entries && !has_bad ? count : 0;
+    int n_steps = params.by_entries && !has_bad ? count : 0;
+    float bound[R];  // of the scores; a little lower, for its rounding
+#pragma unroll
+    for (int i = 0; i < R; i++) bound[i] = tau[i] / c * (tau[i] > 0 ? 1 - 1e-6f : 1 + 1e-6f);
     if (threadIdx.x < 4) has_many[threadIdx.x] = 0;
     __syncthreads();
     pipeline<STAGES, true>(n_steps, load_keys, [&](int i, int stage) {
@@ -289,36 +295,34 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       begin_scores<T, D, N>(s, fragments, k_tiles + stage * BLOCK_N * D);
       finish<0>(s);
       mask(s, list[i], 0);
-      const unsigned first_key = list[i] * BLOCK_N | static_cast<unsigned>(lane_of() / 4) << Entry::KEY_BITS;
+      bool has_room = true;
 #pragma unroll
       for (int column = 0; column < N; column++) {
-        float u[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) u[e] = s[0][column][e] * c - tau[e / 2];
-        if (!any_sync(fmaxf(fmaxf(u[0], u[1]), fmaxf(u[2], u[3])) > 0)) continue;
-#pragma unroll
-        for (int row = 0; row < R; row++) {
-          // In order of the keys.
-          const unsigned first = ballot(u[2 * row] > 0), second = ballot(u[2 * row + 1] > 0);
-          int at = n + popcount(first & lanes_before()) + popcount(second & lanes_before());
-#pragma unroll
-          for (int e = 0; e < 2; e++) {
-            if (!(u[2 * row + e] > 0) || at >= WARP_ENTRIES) continue;
-            const unsigned row_and_key = first_key + (column_of(column, e) | row * 8u << Entry::KEY_BITS);
-            entries[at++] = Entry{s[0][column][2 * row + e], row_and_key};
-          }
-          n += popcount(first) + popcount(second);
-        }
+        const float(&x)[4] = s[0][column];
+        if ((x[0] > bound[0]) | (x[1] > bound[0]) | (x[2] > bound[1]) | (x[3] > bound[1]))
+          has_room &= entries.add(x, bound, i << LaneEntries::COLUMN_BITS | column << 1);
       }
-      if (n > min(WARP_ENTRIES, SPARE_ENTRIES + ENTRIES_PER_BLOCK * 2 / WARPS * (i + 1)) && lane_of() == 0)
-        atomic_or(has_many + i % 4, 1u);
+      if (i % 8 == 7) {
+        const float n = warp_sum(static_cast<float>(entries.count()));
+        has_room &= n <= SPARE_ENTRIES + ENTRIES_PER_BLOCK * 2 / WARPS * (i + 1);
+      }
+      if (!has_room) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     });
-    const bool has_room = block_max<WARPS>(static_cast<float>(n), scratch) <= WARP_ENTRIES;
-    const float n_all = block_sum<WARPS>(lane_of() == 0 ? static_cast<float>(n) : 0.0f, scratch);
-    if (n_steps > 0 && has_room && n_all <= static_cast<float>(ENTRIES_PER_BLOCK) * count) {
-      unsigned short* order = reinterpret_cast<unsigned short*>(smem) + warp_of() * WARP_ENTRIES;
-      if (attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, order, n, scratch)) return;
+#pragma unroll
+    for (int i = 0; i < R; i++) tau[i] = bound[i] * c;
+    const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
+    const float n = block_sum<WARPS>(static_cast<float>(entries.count()), scratch);
+    if (n_steps > 0 && has_all && n <= static_cast<float>(ENTRIES_PER_BLOCK) * count) {
+      float end[R] = {tau[0], tau[1]};
+      const EntryPlaces places = solve_by_entries<ALPHA, WARPS>(entries, end, c, r, reinterpret_cast<int*>(scratch));
+      const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
+      // Without a backward pass too, so that out has the same bits.
+      if (places.total <= saved.capacity) {
+        attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
+                                                                k_tiles, r);
+        return;
+      }
     }
   }
 
