@@ -394,7 +394,8 @@ class CupyBackend:
                     | {"tau": tau, "live": live, "sizes": sizes, "block_map": block_map}
                     | {"map_m": block_m, "map_n": block_n, "map_rows": map_shape[2], "map_columns": map_shape[3]},
                 )
-                self._launch_stage(call, "dq", "entmax_attn_support", call.programs, record)
+                programs = call.programs * call.config.parts("dq")
+                self._launch_stage(call, "dq", "entmax_attn_support", programs, record)
         return support_stats(request, tau, sizes, block_map, block_m, block_n)
 
     def entmax(self, request: EntmaxRequest) -> Tensor:

@@ -86,9 +86,9 @@ class Config:
     entries: bool = False
 
     def parts(self, stage: str) -> int:
-        """Programs of the output or the dq kernel to a tile: a warp of a warpgroup multiplies 16 rows."""
+        """Programs of the output or the dq kernel to a tile: a warp has 16 rows."""
         launch: Launch = getattr(self, stage)
-        return self.block_m // (16 * launch.warps) if launch.wgmma else 1
+        return self.block_m // (16 * launch.warps)
 
 
 def leads(request: AttentionRequest) -> bool:
@@ -261,7 +261,7 @@ _HALF_OF_ONE = {
         Launch(8, 128, 3, 2, True),
         Launch(8, 64, 4, 2, True),
         Launch(4, 64, 3, 3, True),
-        Launch(8, 64, 3, 2, True),
+        Launch(4, 64, 2, 4, True),
         Launch(4, 64, 2, 3, True),
         entries=True,
     ),
@@ -273,7 +273,7 @@ _HALF_OF_ONE = {
         Launch(8, 128, 2, 2, True),
         Launch(8, 64, 3, 2, True),
         Launch(4, 64, 3, 2, True),
-        Launch(8, 64, 4, 1, True),
+        Launch(4, 64, 2, 2, True),
         Launch(4, 64, 2, 2, True),
         entries=True,
     ),

@@ -7,8 +7,8 @@ template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int 
           int PROGRAMS, bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) entmax_attn_bwd_dq(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int M = WGMMA ? 1 : BLOCK_M / (16 * WARPS);
-  constexpr int ROWS = 16 * M * WARPS;
+  constexpr int M = 1;
+  constexpr int ROWS = 16 * WARPS;
   constexpr int N = KEYS / 8;
   constexpr int ND = D / 8;
   constexpr int R = 2 * M;
@@ -365,16 +365,17 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
 template <class T, int D, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int M = BLOCK_M / (16 * WARPS);
+  constexpr int M = 1;
+  constexpr int ROWS = 16 * WARPS;
   constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  T* k_tiles = q_tile + BLOCK_M * D;
+  T* k_tiles = q_tile + ROWS * D;
   int* scratch = reinterpret_cast<int*>(k_tiles + STAGES * BLOCK_N * D);
   int* list = scratch + 32;
 
-  const QueryTile tile = query_tile<BLOCK_M>(params);
+  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
   const float c = tile.exponent * params.scale;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -383,12 +384,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
                      static_cast<long long>(tile.i_b * params.heads_q + tile.i_h) * params.map_rows *
                          params.map_columns;
 
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
                                     params.aligned_q);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
   float tau[R];
   int size[R];
 #pragma unroll

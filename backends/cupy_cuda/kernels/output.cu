@@ -67,8 +67,8 @@ template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS,
           bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int M = WGMMA ? 1 : BLOCK_M / (16 * WARPS);
-  constexpr int ROWS = 16 * M * WARPS;
+  constexpr int M = 1;
+  constexpr int ROWS = 16 * WARPS;
   constexpr int N = KEYS / 8;
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
