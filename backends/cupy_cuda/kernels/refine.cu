@@ -15,30 +15,38 @@ constexpr int SPARE_ENTRIES = 128;
 struct LaneEntries {
   static constexpr int COLUMN_BITS = 4;
 
-  float* scores;          // of place i at 32 i; u later
+  float* scores;          // u later
   unsigned short* codes;  // which of the listed blocks, column tile and column
-  int room;
-  int low = 0, high;  // the places between are free
+  int first, end;         // of this lane's places, each 32 from the next one
+  int low, high;          // between them all is free
 
-  __device__ __forceinline__ int count(int row) const { return row == 0 ? low : room - high; }
-  __device__ __forceinline__ int place(int row, int i) const { return 32 * (row == 0 ? i : room - 1 - i); }
+  __device__ __forceinline__ LaneEntries(float* scores, unsigned short* codes, int room)
+      : scores(scores), codes(codes), first(warp_of() * 32 * room + lane_of()), end(first + 32 * room), low(first),
+        high(end) {}
+
+  __device__ __forceinline__ int count(int row) const { return (row == 0 ? low - first : end - high) / 32; }
   __device__ __forceinline__ int count() const { return count(0) + count(1); }
+  __device__ __forceinline__ int place(int row, int i) const { return row == 0 ? first + 32 * i : end - 32 * (i + 1); }
 
-  // Of columns 2 (lane % 4) and the next one of a column tile; false if there may be no room.
-  __device__ __forceinline__ bool add(const float (&s)[4], const float (&bound)[2], unsigned code) {
-    if (low + 4 > high) return false;
+  // Then it takes no more.
+  __device__ __forceinline__ bool is_full() const { return low + 4 * 32 > high; }
+
+  // Of columns 2 (lane % 4) and the next one of a column tile.
+  __device__ __forceinline__ void add(const float (&s)[4], const float (&bound)[2], int code) {
+    const float of_first = is_full() ? infinity() : bound[0], of_second = is_full() ? infinity() : bound[1];
 #pragma unroll
     for (int e = 0; e < 2; e++) {
-      if (s[e] > bound[0]) {
-        scores[32 * low] = s[e];
-        codes[32 * low++] = static_cast<unsigned short>(code + e);
+      if (s[e] > of_first) {
+        scores[low] = s[e];
+        codes[low] = static_cast<unsigned short>(code + e);
+        low += 32;
       }
-      if (s[2 + e] > bound[1]) {
-        scores[32 * --high] = s[2 + e];
-        codes[32 * high] = static_cast<unsigned short>(code + e);
+      if (s[2 + e] > of_second) {
+        high -= 32;
+        scores[high] = s[2 + e];
+        codes[high] = static_cast<unsigned short>(code + e);
       }
     }
-    return true;
   }
 };
 
@@ -278,11 +286,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   if constexpr (ENTRIES) {
     constexpr int ROOM = D > 64 ? 42 : 52;  // of a lane
     static_assert(CAPACITY<BLOCK_M, D> * 6 <= RING * static_cast<int>(sizeof(T)));
-    LaneEntries entries;
-    entries.room = entries.high = ROOM;
-    entries.scores = scratch + 32 + warp_of() * 32 * ROOM + lane_of();
-    entries.codes =
-        reinterpret_cast<unsigned short*>(scratch + 32 + THREADS * ROOM) + warp_of() * 32 * ROOM + lane_of();
+    LaneEntries entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS * ROOM), ROOM);
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
     int n_steps = params.by_entries && !has_bad ? count : 0;
     float bound[R];  // of the scores; a little lower, for its rounding
@@ -295,18 +299,18 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       begin_scores<T, D, N>(s, fragments, k_tiles + stage * BLOCK_N * D);
       finish<0>(s);
       mask(s, list[i], 0);
-      bool has_room = true;
 #pragma unroll
       for (int column = 0; column < N; column++) {
         const float(&x)[4] = s[0][column];
-        if ((x[0] > bound[0]) | (x[1] > bound[0]) | (x[2] > bound[1]) | (x[3] > bound[1]))
-          has_room &= entries.add(x, bound, i << LaneEntries::COLUMN_BITS | column << 1);
+        if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
+          entries.add(x, bound, i << LaneEntries::COLUMN_BITS | column << 1);
       }
+      bool is_much = entries.is_full();
       if (i % 8 == 7) {
         const float n = warp_sum(static_cast<float>(entries.count()));
-        has_room &= n <= SPARE_ENTRIES + ENTRIES_PER_BLOCK * 2 / WARPS * (i + 1);
+        is_much |= n > SPARE_ENTRIES + ENTRIES_PER_BLOCK * 2 / WARPS * (i + 1);
       }
-      if (!has_room) atomic_or(has_many + i % 4, 1u);
+      if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     });
 #pragma unroll
