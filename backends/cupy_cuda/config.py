@@ -40,6 +40,7 @@ ENTRIES = 6144
 ENTRY_BLOCKS = 2048
 ENTRY_WARPS = 8
 TAKEN = 1024
+WEIGHTS = 640
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +131,9 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
 def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     """Bytes of shared memory that a program of the kernel takes, as the kernel lays it out."""
     if kernel == "dq_entries":
-        return SCRATCH + ENTRIES * 10 + ENTRY_WARPS * ENTRY_BLOCKS * 2
+        return SCRATCH + ENTRIES * 10 + ENTRY_WARPS * (ENTRY_BLOCKS + WEIGHTS) * 2
     if kernel == "dkv_entries":
-        return SCRATCH + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + TAKEN * 2)
+        return SCRATCH + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + (TAKEN + WEIGHTS) * 2)
     launch: Launch = getattr(config, kernel)
     row, row_v = config.head * dtype.itemsize, config.head_v * dtype.itemsize
     tile, block = config.block_m * row, config.block_n * row

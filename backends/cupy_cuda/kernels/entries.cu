@@ -27,7 +27,9 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   const int start = entries.starts()[first_row + min(lane, ROWS)];
   // How many entries of the warp lie in each block, then where they go.
   unsigned short* places = sorted_codes + ENTRIES + warp_of() * params.n_blocks;
+  T* weights = reinterpret_cast<T*>(sorted_codes + ENTRIES + WARPS * ENTRY_BLOCKS) + warp_of() * WEIGHTS;
   for (int j = lane; j < params.n_blocks; j += 32) places[j] = 0;
+  clear_weights(weights);
   {
     RowChunks<D> rows;
     load_row_chunks<T, D>(rows, dout, params.stride_om, first_query, params.seqlen_q, params.head_dim_v,
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
     RowSums<64> dq = {};
     for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
       const float ds = lane < n ? unpack2<T>(pairs[at]).y : 0.0f;
-      add_rows<T, 64>(dq, k + channel, params.stride_kn, width, params.aligned_k, key, row, ds, n);
+      add_rows<T, 64>(dq, weights, k + channel, params.stride_kn, width, params.aligned_k, key, row, ds, n);
     });
     store_sums<T, 64>(dq_rows + channel, dq, params.scale * params.sign, params.head_dim, width,
                       params.seqlen_q - first_query);
@@ -142,6 +144,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
   int* places = reinterpret_cast<int*>(taken + TAKEN);
   int* offsets = places + THREADS;
   unsigned short* own = reinterpret_cast<unsigned short*>(offsets + THREADS) + warp_of() * TAKEN;
+  T* weights = reinterpret_cast<T*>(offsets + THREADS) + WARPS * TAKEN + warp_of() * WEIGHTS;
 
   const KeyBlock block = key_block(params);
   const int bits = live_bits<WARPS>(params, block, scratch);
@@ -150,6 +153,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
   const int keys = warp_of() % (WARPS / 2);  // which 16 of the block
 
   RowSums<D> sums = {};
+  clear_weights(weights);
 #pragma unroll 1
   for (int i_g = 0; i_g < block.group; i_g++) {
     const int i_h = block.i_kv * block.group + i_g;
@@ -201,7 +205,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
         for (int at = 0; at < n_own; at += 32) {
           const Taken entry = taken[own[min(at + lane_of(), n_own - 1)]];
           const float2 p_and_ds = unpack2<T>(entry.pair);
-          add_rows<T, D>(sums, rows, stride, width, is_aligned, entry.code / BLOCK_N, entry.code % KEYS,
+          add_rows<T, D>(sums, weights, rows, stride, width, is_aligned, entry.code / BLOCK_N, entry.code % KEYS,
                          is_dv ? p_and_ds.x : p_and_ds.y, n_own - at);
         }
       }

@@ -96,27 +96,26 @@ __device__ __forceinline__ void unpack_channels(float (&x)[N], const Channels<N>
   }
 }
 
-// ---- products with rows that lie anywhere, of 32 entries, one a lane, of which the first n count. `from` is the number
-// of the row in memory, `to` that of one of 16 rows in registers.
+// ---- products with rows that lie anywhere, of 32 entries, one a lane, of which the first n > 0 count. `from` is the
+// number of the row in memory, `to` that of one of 16 rows in registers.
 
-// Of each row chunks `chunk` + STEP i of eight channels, all under way at once; zeros where a row is null.
+// Where the entry's row begins in memory; the others have that of the last one.
+__device__ __forceinline__ long long begin_of_row(int from, long long stride, int n) {
+  return shfl(from, min(lane_of(), n - 1)) * stride;
+}
+
+// Of each row chunks `chunk` + STEP i of eight channels, all under way at once.
 template <class T, int STEP, int R, int N>
 __device__ __forceinline__ void load_chunks(Channels<8> (&chunks)[R][N], const T* const (&rows)[R], int chunk,
                                             int width, bool is_aligned) {
-#pragma unroll
-  for (int i = 0; i < R * N; i++) chunks[i / N][i % N] = Channels<8>{};
   if (is_aligned) {
 #pragma unroll
-    for (int i = 0; i < R * N; i++) {
-      const int channel = 8 * (chunk + STEP * (i % N));
-      if (rows[i / N] && channel < width)
-        chunks[i / N][i % N] = *reinterpret_cast<const Channels<8>*>(rows[i / N] + channel);
-    }
+    for (int i = 0; i < R * N; i++)
+      chunks[i / N][i % N] = load_channels<T, 8>(rows[i / N], 8 * (chunk + STEP * (i % N)), width, true);
   } else {
 #pragma unroll
     for (int i = 0; i < R * N; i++)
-      if (rows[i / N])
-        chunks[i / N][i % N] = load_channels<T, 8>(rows[i / N], 8 * (chunk + STEP * (i % N)), width, false);
+      chunks[i / N][i % N] = load_channels<T, 8>(rows[i / N], 8 * (chunk + STEP * (i % N)), width, false);
   }
 }
 
@@ -129,29 +128,33 @@ __device__ __forceinline__ int channel_of(int part, int e) {
   return part / 8 * 64 + lane_of() % 4 * 16 + e % 2 * 8 + part % 8;
 }
 
+// Room of a warp for the weights of 32 entries, by the 16 rows that they go to, so that they become a left operand; all
+// zeros between its uses. The rows begin in different banks.
+constexpr int WEIGHTS_STRIDE = 40;
+constexpr int WEIGHTS = 16 * WEIGHTS_STRIDE;
+
+template <class T>
+__device__ __forceinline__ void clear_weights(T* weights) {
+  for (int i = lane_of(); i < WEIGHTS; i += 32) weights[i] = from_float<T>(0.0f);
+  syncwarp();
+}
+
 // sums[to] += weight * row.
 template <class T, int D>
-__device__ __forceinline__ void add_rows(RowSums<D>& sums, const T* base, long long stride, int width, bool is_aligned,
-                                         int from, int to, float weight, int n) {
-  const unsigned row_and_weight = lane_of() < n ? pack2<T>(weight, 0.0f) | static_cast<unsigned>(to) << 16 : 0;
+__device__ __forceinline__ void add_rows(RowSums<D>& sums, T* weights, const T* base, long long stride, int width,
+                                         bool is_aligned, int from, int to, float weight, int n) {
+  const long long begin = begin_of_row(from, stride, n);
+  T& own_weight = weights[to * WEIGHTS_STRIDE + lane_of()];
+  if (lane_of() < n) own_weight = from_float<T>(weight);
+  syncwarp();
   // More loads under way would need as many registers.
 #pragma unroll(D > 64 ? 1 : 2)
   for (int step = 0; step < 2; step++) {
-    const T* rows[4];
-    unsigned weights[2][4];  // of rows lane / 4 and lane / 4 + 8
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int entry = 16 * step + i / 2 * 8 + lane_of() % 4 * 2 + i % 2;
-      const T* row = base + shfl(from, entry) * stride;
-      rows[i] = entry < n ? row : nullptr;
-      const unsigned coded = shfl(row_and_weight, entry);
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-        weights[half][i] = coded >> 16 == lane_of() / 4 + 8 * half ? coded & 0xffffu : 0;
-    }
     unsigned a[1][4];
+    ldmatrix_x4(a[0], weights + lane_of() % 16 * WEIGHTS_STRIDE + 16 * step + lane_of() / 16 * 8);
+    const T* rows[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) a[0][i] = weights[i % 2][i / 2 * 2] | weights[i % 2][i / 2 * 2 + 1] << 16;
+    for (int i = 0; i < 4; i++) rows[i] = base + shfl(begin, 16 * step + i / 2 * 8 + lane_of() % 4 * 2 + i % 2);
 #pragma unroll
     for (int first_part = 0; first_part < D / 8; first_part += 8) {
       Channels<8> chunks[4][1];
@@ -169,6 +172,8 @@ __device__ __forceinline__ void add_rows(RowSums<D>& sums, const T* base, long l
       }
     }
   }
+  syncwarp();
+  if (lane_of() < n) own_weight = from_float<T>(0.0f);
 }
 
 // The first n rows of sums, times factor, to `width` channels of rows that lie `stride` apart; added to what is there,
@@ -203,15 +208,15 @@ __device__ __forceinline__ void store_sums(T* rows, const RowSums<D>& sums, floa
 template <int D>
 using RowChunks = Channels<8>[2][D / 32];
 
-// Of rows from `first` on that are below `high`.
+// Of rows from `first` on, up to the one below `high`, which stands for all behind.
 template <class T, int D>
 __device__ __forceinline__ void load_row_chunks(RowChunks<D>& chunks, const T* base, long long stride, int first,
                                                 int high, int width, bool is_aligned) {
   const T* rows[2];
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int row = first + lane_of() / 4 + 8 * i;
-    rows[i] = row < high ? base + row * stride : nullptr;
+    const int row = min(first + lane_of() / 4 + 8 * i, high - 1);
+    rows[i] = base + row * stride;
   }
   load_chunks<T, 4>(chunks, rows, lane_of() % 4, width, is_aligned);
 }
@@ -220,6 +225,7 @@ __device__ __forceinline__ void load_row_chunks(RowChunks<D>& chunks, const T* b
 template <class T, int D>
 __device__ __forceinline__ float multiply_rows(const RowChunks<D>& rows, const T* base, long long stride, int width,
                                                bool is_aligned, int from, int to, int n) {
+  const long long begin = begin_of_row(from, stride, n);
   float product = 0;
 #pragma unroll(D > 64 ? 1 : 2)
   for (int step = 0; step < 2; step++) {
@@ -227,8 +233,7 @@ __device__ __forceinline__ float multiply_rows(const RowChunks<D>& rows, const T
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int entry = 16 * step + 8 * i + lane_of() / 4;
-      const T* row = base + shfl(from, entry) * stride;
-      of_entries[i] = entry < n ? row : nullptr;
+      of_entries[i] = base + shfl(begin, entry);
     }
     RowChunks<D> chunks;
     load_chunks<T, 4>(chunks, of_entries, lane_of() % 4, width, is_aligned);

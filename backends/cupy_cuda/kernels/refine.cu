@@ -187,6 +187,9 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
   if (threadIdx.x == 0) params.counts[tile.index] = -1;
 
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
+  // In place of the warp's own lists.
+  T* weights = reinterpret_cast<T*>(entries.scores + entries.first - lane_of());
+  clear_weights(weights);
   T* out_rows = static_cast<T*>(params.out) + (tile.row + first_query) * params.head_dim_v;
   // More channels at once would need as many registers.
 #pragma unroll 1
@@ -198,7 +201,7 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
       const int i = min(first + lane_of(), places.n - 1);
       float p, w;
       powers<ALPHA>(dequantise(us[i]), r, p, w);
-      add_rows<T, 64>(out, v + channel, params.stride_vn, width, params.aligned_v,
+      add_rows<T, 64>(out, weights, v + channel, params.stride_vn, width, params.aligned_v,
                       static_cast<int>(keys[i] >> ROW_BITS), static_cast<int>(keys[i] % ROWS), p, places.n - first);
     }
     store_sums<T, 64>(out_rows + channel, out, 1.0f, params.head_dim_v, width, params.seqlen_q - first_query);
