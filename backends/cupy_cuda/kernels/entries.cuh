@@ -1,8 +1,8 @@
 // Entries: the pairs of a query and a key with u > 0, one by one, of tiles that have too few for whole blocks.
 //
 // An entry tile has no out1. Its list lies there instead: `starts` of the rows, keys by row, ascending in each, and u.
-// Backward sorts it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds as two T, and
-// codes row * BLOCK_N + key, counted from the tile's first row and the block's first key.
+// Backward sorts it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds as two T,
+// and codes row * BLOCK_N + key, counted from the tile's first row and the block's first key.
 #pragma once
 
 #include "products.cuh"
