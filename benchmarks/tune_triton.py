@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             faults = list(pool.map(compile_one, jobs, chunksize=2))
         for (candidate, _), fault in zip(jobs, faults, strict=True):
             name, launch, options = candidate
-            row = {"kernel": name, "blocks": blocks, "launch": dataclasses.astuple(launch), "options": options}
+            row = {"kernel": name, "blocks": blocks, "launch": tuple(launch), "options": options}
             if not fault:
                 try:
                     row["ms"] = time_one(candidate, *recorded[name], args.rounds)

@@ -128,20 +128,21 @@ def test_what_is_refused() -> None:
 
 
 def test_where_it_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    def device_has(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     def is_first(seqlen_q: int, seqlen_k: int, head_dim: int = 64, dtype: torch.dtype = BF16) -> bool:
         q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device="meta") for n in (seqlen_q, seqlen_k))
         return leads(AttentionRequest(q, k, k, scale=1.0))
 
-    capability = (9, 0)
+    device_has(9, 0)
     assert is_first(16_384, 20_000)
     assert is_first(30_000, 16_384, 128, HALF)
     assert not is_first(16_383, 20_000)
     assert not is_first(1, 65_536)
     assert not is_first(20_000, 20_000, 129)
     assert not is_first(20_000, 20_000, dtype=FLOAT)
-    capability = (8, 0)
+    device_has(8, 0)
     assert not is_first(20_000, 20_000)
 
 
@@ -695,7 +696,7 @@ def test_by_entries_at_a_negative_scale(emulator: EmulatedLauncher) -> None:
 @emulated
 @pytest.mark.slow
 def test_a_bad_gradient_by_entries(emulator: EmulatedLauncher) -> None:
-    """It spoils dq of its row, dk of the keys that have an entry there, and dv of those and some of their neighbours."""
+    """It spoils dq of its row, dk of keys that have an entry there, and dv of those and some of their neighbours."""
     request, dout = Case(150, 600, heads_kv=2, head_dim=40, head_dim_v=64, dtype=HALF, gain=3).build(CPU)
     whole = CupyBackend(launcher=emulator, capability=HOPPER)
     assert are_entry_tiles(whole, request).all()
