@@ -29,9 +29,12 @@ from adasplash2.bench.measure import make_call
 
 __all__ = ["DECODING", "decoding", "kernel_name", "main", "profiled"]
 
-CASES = tuple(
-    f"topics-{seqlen}-d{head_dim}-causal-b1h16-bf16-cuda"
-    for head_dim, seqlen in ((64, 8192), (64, 32768), (128, 8192), (128, 16384))
+CASES = (
+    *(
+        f"topics-{seqlen}-d{head_dim}-causal-b1h16-bf16-cuda"
+        for head_dim, seqlen in ((64, 8192), (64, 32768), (128, 8192), (128, 16384))
+    ),
+    *(f"iid-{gain}{seqlen}-d64-causal-b1h16-bf16-cuda" for gain in ("", "gain3.5-") for seqlen in (8192, 32768)),
 )
 PROVIDERS = ("triton", "cupy", "fa2", "cudnn")
 WARM_UP, ROUNDS = 3, 8

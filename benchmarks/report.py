@@ -695,11 +695,12 @@ def _kernel_sections(path: Path) -> Iterator[str]:
         for row in case["rows"]:
             if "total" not in row:
                 continue
-            about = f"{case['head_dim']}, {case['seqlen']}, {_share(case['support']['blocks'])}"
+            inputs = case["kind"] + (f" x {case['gain']:g}" if case["gain"] != 1 else "")
+            about = f"{inputs}, {case['head_dim']}, {case['seqlen']}, {_share(case['support']['blocks'])}"
             own = [_kernel_time(row["kernels"], stage, pairs, case) for stage in STAGES]
             lines.append([about, row["label"], *own, _digits(row["total"]), _of_fa2(row, case)])
     yield markdown_table(
-        ["head_dim, keys, live blocks", "", *(f"{stage}, us" for stage in STAGES), "all, us", "of FA2"], lines
+        ["inputs, head_dim, keys, live blocks", "", *(f"{stage}, us" for stage in STAGES), "all, us", "of FA2"], lines
     )
     lines = []
     for case in results["decoding"]:

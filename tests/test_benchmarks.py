@@ -321,9 +321,9 @@ def test_kernels_are_reported(tmp_path: Path) -> None:
     text = report.kernels(tmp_path)
     pairs = 16 * 8192 * 8193 / 2
     scan, dq = 2 * 64 * pairs / 200e-6 / 1e12, 0.25 * 3 * 2 * 64 * pairs / 100e-6 / 1e12
-    assert f"| 64, 8192, 25% | ours | 200 ({scan:.0f}) |  |  | 100 ({dq:.0f}) |  |  |  | 300 | 0.50 |" in text
+    assert f"| topics, 64, 8192, 25% | ours | 200 ({scan:.0f}) |  |  | 100 ({dq:.0f}) |  |  |  | 300 | 0.50 |" in text
     # Of entries no one knows how many products a kernel could not do without.
-    assert f"| 64, 8192, 25% | second | 200 ({scan:.0f}) |  |  | 100 |  | 60 |  | 360 | 0.60 |" in text
+    assert f"| topics, 64, 8192, 25% | second | 200 ({scan:.0f}) |  |  | 100 |  | 60 |  | 360 | 0.60 |" in text
     assert "| 8, 16:4, 1 x 65536, 128 | ours | 300 | 0.50 |" in text
     assert "nobody" not in text
     assert report.kernels(tmp_path / "nothing") == ""

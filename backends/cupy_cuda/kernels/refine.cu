@@ -252,32 +252,39 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
-  const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
-  unsigned* words = params.words + tile.index * words_per_tile;
   int* list = params.list + tile.index * params.n_blocks;
   int count = params.counts[tile.index];
   const int n_whole = tile.everyone / BLOCK_N;
 
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-
+  Fragments<T, D, M> fragments;
+  auto load_queries = [&]() {
+    load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                      params.aligned_q);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+    apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+    if constexpr (WGMMA) {
+      load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+      __syncthreads();
+    }
+  };
+  load_queries();
   if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
 
   // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
   float tau[R], f[R], g[R];
   bool has_bad = false;
+  auto load_tau = [&]() {
 #pragma unroll
-  for (int i = 0; i < R; i++) {
-    const int row = tile.first + row_of<M>(i);
-    tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
-    has_bad |= tau[i] != tau[i];
-  }
-  Fragments<T, D, M> fragments;
-  if constexpr (WGMMA) load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+    for (int i = 0; i < R; i++) {
+      const int row = tile.first + row_of<M>(i);
+      tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
+    }
+  };
+  load_tau();
+#pragma unroll
+  for (int i = 0; i < R; i++) has_bad |= tau[i] != tau[i];
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
   auto load_keys = [&](int i, int stage) {
@@ -317,8 +324,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     });
-#pragma unroll
-    for (int i = 0; i < R; i++) tau[i] = bound[i] * c;
+    // Again, so that no register kept it.
+    load_tau();
     const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
     const float n = block_sum<WARPS>(static_cast<float>(entries.count()), scratch);
     if (n_steps > 0 && has_all && n <= static_cast<float>(ENTRIES_PER_BLOCK<D>) * count) {
@@ -331,9 +338,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
                                                                 k_tiles, r);
         return;
       }
+      load_queries();  // again, too
     }
   }
 
+  const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
+  unsigned* words = params.words + tile.index * words_per_tile;
   // In units of the mean u, f / g. After a step d the next is of order d ** 2 for r >= 2, and of order d ** r below.
   const float tolerance =
       exp2f(log2f(params.target) * fmaxf(0.5f, tile.exponent)) * fminf(2 * tile.exponent, 1.0f);
