@@ -132,7 +132,7 @@ def _show(title: str, rows: Sequence[Row], console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if a provider failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", default=[], metavar="GLOB", help="four of topics by default")
+    parser.add_argument("--case", action="append", default=[], metavar="GLOB", help="of topics and independent scores by default")
     parser.add_argument("--provider", action="append", default=[], metavar="GLOB", help=", ".join(PROVIDERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
@@ -142,13 +142,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("needs a CUDA device: torch sees none")
     console = Console()
     results: Row = {"stamp": stamp(torch.device("cuda")), "cases": [], "decoding": []}
-    for case in find(options.case or list(CASES), device="cuda"):
-        results["cases"].append(forward_and_backward(case, chosen))
-        _show(case.name, results["cases"][-1]["rows"], console)
-    if not options.case:
-        for shape in DECODING:
+    try:
+        for case in find(options.case or list(CASES), device="cuda"):
+            results["cases"].append(forward_and_backward(case, chosen))
+            _show(case.name, results["cases"][-1]["rows"], console)
+        for shape in () if options.case else DECODING:
             results["decoding"].append(decoding(shape, chosen))
             _show("decoding {} x {} ({}) heads, {} x {}, {}".format(*shape), results["decoding"][-1]["rows"], console)
+    except KeyboardInterrupt:
+        console.print("interrupted: keeping what was measured")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return int(any("reason" in row for part in results["cases"] + results["decoding"] for row in part["rows"]))
