@@ -132,7 +132,9 @@ def _show(title: str, rows: Sequence[Row], console: Console) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 1 if a provider failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", default=[], metavar="GLOB", help="of topics and independent scores by default")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="GLOB", help="of topics and independent scores by default"
+    )
     parser.add_argument("--provider", action="append", default=[], metavar="GLOB", help=", ".join(PROVIDERS))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
