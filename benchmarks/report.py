@@ -339,6 +339,7 @@ def _is_plain_topics(case: Row) -> bool:
 
 def _goals_table(results: Results) -> str:
     """What forward + backward was meant to take, and what it took, at each shape that was timed."""
+    timed = [name for name in ("triton", "cupy") if any(provider == name for _, provider, _ in results.rows)]
     lines = []
     for (kind, head_dim, seqlen, heads), goals in GOALS.items():
         cases = {
@@ -349,24 +350,22 @@ def _goals_table(results: Results) -> str:
         }
         cases = {setting: case for setting, case in cases.items() if setting in goals}
         measured = {
-            name: [results.rows.get((case["name"], name, "fwd_bwd"), {}) for case in cases.values()]
-            for name in ("triton", "cupy")
+            name: [results.rows.get((case["name"], name, "fwd_bwd"), {}) for case in cases.values()] for name in timed
         }
         if any("speedup" in row for rows in measured.values() for row in rows):
-            texts = (
-                " / ".join(_ratio(1 / row["speedup"][0]) if "speedup" in row else "-" for row in rows)
-                for rows in measured.values()
-            )
+            texts = {
+                name: " / ".join(_ratio(1 / row["speedup"][0]) if "speedup" in row else "-" for row in rows)
+                for name, rows in measured.items()
+            }
             lines.append(
                 [
                     f"{kind}, {head_dim}, {seqlen}, {heads}",
                     " / ".join(_share(case["support"]["blocks"]) for case in cases.values()),
                     " / ".join(_ratio(goals[setting]) for setting in cases),
-                    *texts,
+                    *(texts[name] for name in timed),
                 ]
             )
-    header = ["inputs, head_dim, keys, heads", "blocks", "goal", "triton", "cupy"]
-    return markdown_table(header, lines) if len(lines) > 1 else ""
+    return markdown_table(["inputs, head_dim, keys, heads", "blocks", "goal", *timed], lines) if len(lines) > 1 else ""
 
 
 def _gpu_sections(results: Results, images: Mapping[str, str]) -> Iterator[str]:
