@@ -1,12 +1,13 @@
 """Tile sizes, warps and pipeline stages of the kernels: a pure function of dtype, head sizes and compute capability.
 
-Chosen from what the compiler reports (no spills) and from what fits into shared memory; not tuned yet. Nothing is
-tuned while a user waits.
+For compute capability 9.0 up to 128 channels by measurements on an H100; else chosen from what the compiler reports (no
+spills) and from what fits into shared memory. Nothing is tuned while a user waits.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,115 +156,43 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     return SCRATCH + LIST + 2 * block + launch.stages * part + staging
 
 
+def _config(
+    sizes: Sequence[int], scan: Sequence[int], output: Sequence[int], dq: Sequence[int], dkv: Sequence[int]
+) -> Config:
+    """With refine as output, which it has the products of."""
+    refine = output
+    return Config(*sizes, *(Launch(*launch) for launch in (scan, refine, output, dq, dkv)))
+
+
 # The first that fits is taken.
 _HALF = {
     64: [
-        Config(
-            64,
-            64,
-            128,
-            64,
-            Launch(4, 64, 3, 2),
-            Launch(8, 16, 2, 2),
-            Launch(8, 16, 2, 2),
-            Launch(8, 16, 2, 2),
-            Launch(4, 32, 2, 2),
-        ),
-        Config(
-            64,
-            64,
-            64,
-            64,
-            Launch(4, 64, 2, 2),
-            Launch(4, 32, 2, 1),
-            Launch(4, 32, 2, 1),
-            Launch(4, 32, 1, 1),
-            Launch(4, 32, 2, 1),
-        ),
+        _config((64, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 2), (8, 16, 2, 2), (4, 32, 2, 2)),
+        _config((64, 64, 64, 64), (4, 64, 2, 2), (4, 32, 2, 1), (4, 32, 1, 1), (4, 32, 2, 1)),
     ],
     128: [
-        Config(
-            128,
-            128,
-            128,
-            64,
-            Launch(4, 64, 3, 2),
-            Launch(8, 16, 2, 1),
-            Launch(8, 16, 2, 1),
-            Launch(8, 32, 2, 1),
-            Launch(4, 16, 2, 1),
-        ),
-        Config(
-            128,
-            128,
-            64,
-            64,
-            Launch(4, 64, 2, 2),
-            Launch(4, 16, 2, 1),
-            Launch(4, 16, 2, 1),
-            Launch(4, 32, 1, 1),
-            Launch(4, 16, 2, 1),
-        ),
-        Config(
-            128,
-            128,
-            64,
-            32,
-            Launch(4, 32, 2, 2),
-            Launch(4, 16, 1, 1),
-            Launch(4, 16, 1, 1),
-            Launch(4, 32, 1, 1),
-            Launch(2, 16, 1, 1),
-        ),
+        _config((128, 128, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 32, 2, 1), (4, 16, 2, 1)),
+        _config((128, 128, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (4, 32, 1, 1), (4, 16, 2, 1)),
+        _config((128, 128, 64, 32), (4, 32, 2, 2), (4, 16, 1, 1), (4, 32, 1, 1), (2, 16, 1, 1)),
     ],
     256: [
-        Config(
-            256,
-            128,
-            64,
-            32,
-            Launch(4, 32, 2, 1),
-            Launch(4, 16, 2, 1),
-            Launch(4, 16, 2, 1),
-            Launch(4, 16, 2, 1),
-            Launch(2, 16, 2, 1),
-        ),
-        Config(
-            256,
-            128,
-            32,
-            32,
-            Launch(2, 32, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-        ),
+        _config((256, 128, 64, 32), (4, 32, 2, 1), (4, 16, 2, 1), (4, 16, 2, 1), (2, 16, 2, 1)),
+        _config((256, 128, 32, 32), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1)),
     ],
 }
 # Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
-_BLACKWELL_64 = Config(
-    64,
-    64,
-    128,
-    64,
-    Launch(4, 64, 3, 2),
-    Launch(8, 16, 2, 1),
-    Launch(8, 16, 2, 1),
-    Launch(8, 16, 2, 1),
-    Launch(4, 32, 2, 2),
-)
+_BLACKWELL_64 = _config((64, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 16, 2, 1), (4, 32, 2, 2))
 _HALF_OF_ONE = {
     ((9, 0), 64): Config(
         64,
         64,
         128,
         64,
-        Launch(8, 128, 3, 2, True),
-        Launch(8, 64, 4, 2, True),
-        Launch(4, 64, 3, 3, True),
-        Launch(4, 64, 2, 4, True),
-        Launch(4, 64, 2, 3, True),
+        scan=Launch(8, 128, 3, 2, True),
+        refine=Launch(8, 64, 4, 2, True),
+        output=Launch(4, 64, 3, 3, True),
+        dq=Launch(4, 64, 2, 4, True),
+        dkv=Launch(4, 64, 2, 3, True),
         entries=True,
     ),
     ((9, 0), 128): Config(
@@ -271,131 +200,31 @@ _HALF_OF_ONE = {
         128,
         128,
         64,
-        Launch(8, 128, 2, 2, True),
-        Launch(8, 64, 3, 2, True),
-        Launch(4, 64, 3, 2, True),
-        Launch(4, 64, 2, 2, True),
-        Launch(4, 64, 2, 2, True),
+        scan=Launch(8, 128, 2, 2, True),
+        refine=Launch(8, 64, 3, 2, True),
+        output=Launch(4, 64, 3, 2, True),
+        dq=Launch(4, 64, 2, 2, True),
+        dkv=Launch(4, 64, 2, 2, True),
         entries=True,
     ),
-    ((9, 0), 256): Config(
-        256,
-        128,
-        64,
-        32,
-        Launch(4, 32, 2, 1),
-        Launch(4, 16, 3, 1),
-        Launch(4, 16, 3, 1),
-        Launch(4, 16, 2, 1),
-        Launch(2, 16, 1, 1),
-    ),
+    ((9, 0), 256): _config((256, 128, 64, 32), (4, 32, 2, 1), (4, 16, 3, 1), (4, 16, 2, 1), (2, 16, 1, 1)),
     ((10, 0), 64): _BLACKWELL_64,
-    ((10, 0), 128): Config(
-        128,
-        64,
-        128,
-        64,
-        Launch(4, 64, 3, 2),
-        Launch(8, 16, 2, 1),
-        Launch(8, 16, 2, 1),
-        Launch(8, 32, 2, 1),
-        Launch(4, 16, 2, 1),
-    ),
-    ((10, 0), 256): Config(
-        256,
-        128,
-        64,
-        32,
-        Launch(4, 32, 2, 1),
-        Launch(4, 16, 3, 1),
-        Launch(4, 16, 3, 1),
-        Launch(4, 16, 1, 1),
-        Launch(2, 16, 2, 1),
-    ),
+    ((10, 0), 128): _config((128, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 32, 2, 1), (4, 16, 2, 1)),
+    ((10, 0), 256): _config((256, 128, 64, 32), (4, 32, 2, 1), (4, 16, 3, 1), (4, 16, 1, 1), (2, 16, 2, 1)),
     ((12, 0), 64): _BLACKWELL_64,
-    ((12, 0), 256): Config(
-        256,
-        64,
-        32,
-        32,
-        Launch(2, 32, 1, 1),
-        Launch(2, 16, 1, 1),
-        Launch(2, 16, 1, 1),
-        Launch(2, 16, 1, 1),
-        Launch(2, 16, 1, 1),
-    ),
-    ((12, 0), 128): Config(
-        128,
-        64,
-        64,
-        64,
-        Launch(4, 64, 2, 2),
-        Launch(4, 16, 2, 1),
-        Launch(4, 16, 2, 1),
-        Launch(4, 32, 1, 1),
-        Launch(4, 16, 2, 1),
-    ),
+    ((12, 0), 256): _config((256, 64, 32, 32), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1)),
+    ((12, 0), 128): _config((128, 64, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (4, 32, 1, 1), (4, 16, 2, 1)),
 }
 _FLOAT = {
     64: [
-        Config(
-            64,
-            64,
-            64,
-            32,
-            Launch(4, 32, 2, 1),
-            Launch(4, 32, 2, 1),
-            Launch(4, 32, 2, 1),
-            Launch(4, 32, 1, 1),
-            Launch(2, 32, 1, 1),
-        ),
+        _config((64, 64, 64, 32), (4, 32, 2, 1), (4, 32, 2, 1), (4, 32, 1, 1), (2, 32, 1, 1)),
     ],
     128: [
-        Config(
-            128,
-            128,
-            32,
-            32,
-            Launch(2, 32, 1, 1),
-            Launch(2, 32, 1, 1),
-            Launch(2, 32, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-        ),
-        Config(
-            128,
-            128,
-            32,
-            16,
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(1, 16, 1, 1),
-        ),
+        _config((128, 128, 32, 32), (2, 32, 1, 1), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1)),
+        _config((128, 128, 32, 16), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (1, 16, 1, 1)),
     ],
     256: [
-        Config(
-            256,
-            128,
-            32,
-            16,
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(2, 16, 1, 1),
-            Launch(1, 8, 2, 1),
-        ),
-        Config(
-            256,
-            128,
-            16,
-            16,
-            Launch(1, 16, 1, 1),
-            Launch(1, 16, 1, 1),
-            Launch(1, 16, 1, 1),
-            Launch(1, 16, 1, 1),
-            Launch(1, 8, 1, 1),
-        ),
+        _config((256, 128, 32, 16), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (1, 8, 2, 1)),
+        _config((256, 128, 16, 16), (1, 16, 1, 1), (1, 16, 1, 1), (1, 16, 1, 1), (1, 8, 1, 1)),
     ],
 }

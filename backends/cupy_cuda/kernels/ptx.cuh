@@ -159,95 +159,47 @@ constexpr bool IS_BF16 = false;
 template <>
 constexpr bool IS_BF16<bf16> = true;
 
+#define MULTIPLY(columns, sums, names, adds, operands, transposes, ...)                                               \
+  if constexpr (IS_BF16<T>) {                                                                                         \
+    asm volatile(WGMMA(columns, "bf16", names, adds, operands, transposes) : sums : ADDS, __VA_ARGS__ : "memory");    \
+  } else {                                                                                                            \
+    asm volatile(WGMMA(columns, "f16", names, adds, operands, transposes) : sums : ADDS, __VA_ARGS__ : "memory");     \
+  }
+#define ROWS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+
 // d = a b^T of 16 columns, added to d if `adds`; 64 rows of b, or 128. a in shared memory, or in registers as mma.sync
 // takes it.
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
-  } else {
-    asm volatile(WGMMA("64", "f16", NAMES, "%32", "%33, %34", "0, 0") : SUMS : ADDS, "l"(a), "l"(b) : "memory");
-  }
+  MULTIPLY("64", SUMS, NAMES, "%32", "%33, %34", "0, 0", "l"(a), "l"(b))
 }
 
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[16][4], unsigned long long a, unsigned long long b, bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "%65, %66", "0, 0")
-                 : SUMS_128
-                 : ADDS, "l"(a), "l"(b)
-                 : "memory");
-  } else {
-    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "%65, %66", "0, 0")
-                 : SUMS_128
-                 : ADDS, "l"(a), "l"(b)
-                 : "memory");
-  }
+  MULTIPLY("128", SUMS_128, NAMES_128, "%64", "%65, %66", "0, 0", "l"(a), "l"(b))
 }
-
-#define ROWS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "0")
-                 : SUMS
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  } else {
-    asm volatile(WGMMA("64", "f16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "0")
-                 : SUMS
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  }
+  MULTIPLY("64", SUMS, NAMES, "%32", "{%33, %34, %35, %36}, %37", "0", ROWS, "l"(b))
 }
 
 template <class T>
 __device__ __forceinline__ void wgmma_rows(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0")
-                 : SUMS_128
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  } else {
-    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0")
-                 : SUMS_128
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  }
+  MULTIPLY("128", SUMS_128, NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0", ROWS, "l"(b))
 }
 
 // The same with b instead of b^T: 16 rows of 64 or 128 columns, read by columns.
 template <class T>
 __device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b,
                                               bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("64", "bf16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "1")
-                 : SUMS
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  } else {
-    asm volatile(WGMMA("64", "f16", NAMES, "%32", "{%33, %34, %35, %36}, %37", "1")
-                 : SUMS
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  }
+  MULTIPLY("64", SUMS, NAMES, "%32", "{%33, %34, %35, %36}, %37", "1", ROWS, "l"(b))
 }
 
 template <class T>
 __device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b,
                                               bool adds) {
-  if constexpr (IS_BF16<T>) {
-    asm volatile(WGMMA("128", "bf16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1")
-                 : SUMS_128
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  } else {
-    asm volatile(WGMMA("128", "f16", NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1")
-                 : SUMS_128
-                 : ADDS, ROWS, "l"(b)
-                 : "memory");
-  }
+  MULTIPLY("128", SUMS_128, NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1", ROWS, "l"(b))
 }
 
 #undef FOUR
@@ -256,6 +208,7 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned 
 #undef NAMES
 #undef NAMES_128
 #undef WGMMA
+#undef MULTIPLY
 #undef ADDS
 #undef ROWS
 
