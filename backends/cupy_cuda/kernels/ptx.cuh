@@ -141,7 +141,8 @@ __device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : 
 
 __device__ __forceinline__ void wgmma_pin(float (&d)[16][4]) { asm volatile("" : SUMS_128); }
 
-// How wgmma finds an operand: `stride` bytes from each eight rows to the next ones, `leading` from 64 columns to the next.
+// How wgmma finds an operand: `stride` bytes from each eight rows to the next ones, `leading` from 64 columns to the
+// next.
 __device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, int stride, int leading) {
   constexpr unsigned long long SWIZZLED_BY_128_BYTES = 1ULL << 62;
   return SWIZZLED_BY_128_BYTES | static_cast<unsigned long long>(stride >> 4) << 32 |
