@@ -157,17 +157,21 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
 
 
 def _config(
-    sizes: Sequence[int], scan: Sequence[int], output: Sequence[int], dq: Sequence[int], dkv: Sequence[int]
+    sizes: Sequence[int],
+    scan: Sequence[int],
+    output: Sequence[int],
+    dq: Sequence[int],
+    dkv: Sequence[int],
+    refine: Sequence[int] | None = None,
 ) -> Config:
-    """With refine as output, which it has the products of."""
-    refine = output
-    return Config(*sizes, *(Launch(*launch) for launch in (scan, refine, output, dq, dkv)))
+    """refine as output, unless it has a launch of its own."""
+    return Config(*sizes, *(Launch(*launch) for launch in (scan, refine or output, output, dq, dkv)))
 
 
 # The first that fits is taken.
 _HALF = {
     64: [
-        _config((64, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 2), (8, 16, 2, 2), (4, 32, 2, 2)),
+        _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (4, 16, 2, 3), (4, 32, 2, 2), refine=(8, 16, 2, 2)),
         _config((64, 64, 64, 64), (4, 64, 2, 2), (4, 32, 2, 1), (4, 32, 1, 1), (4, 32, 2, 1)),
     ],
     128: [
@@ -181,8 +185,11 @@ _HALF = {
     ],
 }
 # Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
+_SMALL_64 = _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (8, 16, 2, 1), (4, 32, 2, 2), refine=(8, 16, 2, 2))
 _BLACKWELL_64 = _config((64, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 16, 2, 1), (4, 32, 2, 2))
 _HALF_OF_ONE = {
+    ((8, 6), 64): _SMALL_64,
+    ((8, 9), 64): _SMALL_64,
     ((9, 0), 64): Config(
         64,
         64,
