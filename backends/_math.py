@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["in_dtype_of", "keys_seen", "support_stats", "visible_counts"]
+__all__ = ["in_dtype_of", "keys_seen", "saved_by_blocks", "support_stats", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -50,3 +50,15 @@ def support_stats(
 def in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
     """The gradient of a tensor alpha in alpha's dtype; None where there is none."""
     return None if alphas is None or dalpha is None else dalpha.to(alphas.dtype)
+
+
+def saved_by_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> list[Tensor]:
+    """out1 and the live blocks of each tile of queries, empty; nothing without a backward pass."""
+    if not request.save_for_backward:
+        return []
+    heads = (request.batch, request.heads_q)
+    return [
+        # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
+        request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
+        request.q.new_empty((*heads, n_tiles, n_blocks), dtype=torch.int8),
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, support_stats
+from .._math import in_dtype_of, saved_by_blocks, support_stats
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
@@ -269,14 +269,7 @@ class CupyBackend:
         return config
 
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
-        if not request.save_for_backward:
-            return []
-        heads = (request.batch, request.heads_q)
-        return [
-            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
-            request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
-            request.q.new_empty((*heads, *_tiles_and_blocks(request, self.config_of(request))), dtype=torch.int8),
-        ]
+        return saved_by_blocks(request, *_tiles_and_blocks(request, self.config_of(request)))
 
     def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: np.void) -> None:
         source = _SOURCES[kernel.partition("<")[0]]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, support_stats
+from .._math import in_dtype_of, saved_by_blocks, support_stats
 from . import decode, kernels
 from .config import Config, Launch, configure, decode_launch, padded
 
@@ -302,14 +302,7 @@ class TritonBackend:
         return _tensor_reasons(request.x)
 
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
-        if not request.save_for_backward:
-            return []
-        heads = (request.batch, request.heads_q)
-        return [
-            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
-            request.q.new_empty((*heads, request.seqlen_q, request.head_dim_v), dtype=torch.float32),
-            request.q.new_empty((*heads, *_tiles_and_blocks(request, _configure(request))), dtype=torch.int8),
-        ]
+        return saved_by_blocks(request, *_tiles_and_blocks(request, _configure(request)))
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(request, self._histogram)
