@@ -7,7 +7,6 @@ spills) and from what fits into shared memory. Nothing is tuned while a user wai
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -156,16 +155,14 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     return SCRATCH + LIST + 2 * block + launch.stages * part + staging
 
 
+_Numbers = tuple[int, int, int, int]
+
+
 def _config(
-    sizes: Sequence[int],
-    scan: Sequence[int],
-    output: Sequence[int],
-    dq: Sequence[int],
-    dkv: Sequence[int],
-    refine: Sequence[int] | None = None,
+    sizes: _Numbers, scan: _Numbers, output: _Numbers, dq: _Numbers, dkv: _Numbers, refine: _Numbers | None = None
 ) -> Config:
     """refine as output, unless it has a launch of its own."""
-    return Config(*sizes, *(Launch(*launch) for launch in (scan, refine or output, output, dq, dkv)))
+    return Config(*sizes, Launch(*scan), Launch(*(refine or output)), Launch(*output), Launch(*dq), Launch(*dkv))
 
 
 # The first that fits is taken.
