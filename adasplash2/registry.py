@@ -6,9 +6,10 @@ module outside this package takes part by ``register(name, "its.module", devices
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from adasplash2.contract import (
@@ -124,14 +125,23 @@ def candidates(request: Request | None = None) -> Iterator[Candidate]:
 
 
 def _order(request: Request) -> tuple[str, ...]:
-    leading = [name for name, entry in _entries.items() if entry.measured and _leads(entry, request)]
+    if isinstance(request, EntmaxRequest):
+        return names()
+    device = request.device.type
+    leading = [
+        name
+        for name, entry in _entries.items()
+        if entry.measured and device in entry.devices and _leads(entry.measured)(request)
+    ]
     return (*leading, *(name for name in _entries if name not in leading)) if leading else names()
 
 
-def _leads(entry: _Entry, request: Request) -> bool:
-    if request.device.type not in entry.devices or entry.measured is None or isinstance(request, EntmaxRequest):
-        return False
-    leads: bool = importlib.import_module(entry.measured).leads(request)
+@functools.cache
+def _leads(module: str) -> Callable[[AttentionRequest], bool]:
+    try:
+        leads: Callable[[AttentionRequest], bool] = importlib.import_module(module).leads
+    except ImportError:  # the backend has the reason, in its turn
+        return lambda request: False
     return leads
 
 

@@ -736,6 +736,12 @@ def host(folder: Path) -> str:
     return "\n\n".join([*_first_call_sections(folder), *_overhead_sections(folder)])
 
 
+def _section(title: str, text: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table with its title; nothing without lines."""
+    if lines:
+        yield from (f"### {title}", text, markdown_table(header, lines))
+
+
 def _first_call_sections(folder: Path) -> Iterator[str]:
     lines = []
     for path in _newest(folder, "-first-call(?:-[a-z]+)?", "first_calls"):
@@ -743,13 +749,12 @@ def _first_call_sections(folder: Path) -> Iterator[str]:
         cold, warm = (results["first_calls"][state] for state in ("cold", "warm"))
         seconds = (cold["first"], warm["first"], warm["second"])
         lines.append([_device(results["stamp"]), results["backend"], results["dtype"], *map(_digits, seconds)])
-    if lines:
-        yield "### First call"
-        yield (
-            "Seconds of forward and backward at 4 heads and 1024 keys in a fresh process that already has torch and "
-            "the device ready, with the compile cache empty or filled."
-        )
-        yield markdown_table(["device", "backend", "dtype", "empty cache", "filled cache", "second call"], lines)
+    text = (
+        "Seconds of forward and backward at 4 heads and 1024 keys in a fresh process that already has torch and the "
+        "device ready, with the compile cache empty or filled."
+    )
+    header = ["device", "backend", "dtype", "empty cache", "filled cache", "second call"]
+    yield from _section("First call", text, header, lines)
 
 
 def _overhead_sections(folder: Path) -> Iterator[str]:
@@ -761,13 +766,11 @@ def _overhead_sections(folder: Path) -> Iterator[str]:
             front, alone, overhead = (_digits(spreads[name]["median"]) for name in ("front", "backend", "overhead"))
             about = [_device(results["stamp"]), results["backend"], mode]
             lines.append([*about, front, alone, f"{overhead} ({low} to {high})"])
-    if lines:
-        yield "### Host time"
-        yield (
-            "Microseconds of the host in one call on inputs so small that nothing else counts, the device idle "
-            "before it: through the public API, of the backend's functions alone, and the difference."
-        )
-        yield markdown_table(["device", "backend", "", "call", "backend alone", "difference"], lines)
+    text = (
+        "Microseconds of the host in one call on inputs so small that nothing else counts, the device idle before it: "
+        "through the public API, of the backend's functions alone, and the difference."
+    )
+    yield from _section("Host time", text, ["device", "backend", "", "call", "backend alone", "difference"], lines)
 
 
 def fill(page: Path, parts: Mapping[str, str]) -> None:

@@ -328,8 +328,7 @@ class CupyBackend:
         self._launch(_of("entmax_attn_check_keys", call.dtype), checks, CHECK_WARPS, 128, record)
         programs, alpha = call.programs, call.alpha_class
         self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
-        refine = (alpha, config.entries)
-        self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, *refine)
+        self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, alpha, config.entries)
         programs *= config.parts("output")
         self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
         return AttentionResult(out, tau, saved)

@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
         float& maximum = largest[block][row];
         maximum = -infinity();
 #pragma unroll
-        for (int i = 0; i < N / BLOCKS; i++) {
-          const float* pair = s[row / 2][block * (N / BLOCKS) + i] + row % 2 * 2;
+        for (int n = 0; n < N / BLOCKS; n++) {
+          const float* pair = s[row / 2][block * (N / BLOCKS) + n] + row % 2 * 2;
           maximum = fmaxf(maximum, fmaxf(pair[0], pair[1]));
         }
       }
