@@ -45,12 +45,14 @@ _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
 _pointers = (
     *("q", "k", "v", "dout", "out", "out1", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
     *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
+    *("flags", "maxima"),
 )
 _strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
 _integers = (
     *("sign", "is_causal", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"),
     *("n_tiles", "n_blocks", "n_chunks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
     *("map_m", "map_n", "map_rows", "map_columns", "by_entries"),
+    *("n_row_tiles", "n_splits", "n_slots", "split", "slot"),
 )
 
 

@@ -44,6 +44,8 @@ struct Params {
   const long long* seqlens_k;
   int* sizes;
   signed char* block_map;
+  int* flags;
+  float* maxima;
   long long stride_qb, stride_qh, stride_qm;
   long long stride_kb, stride_kh, stride_kn;
   long long stride_vb, stride_vh, stride_vn;
@@ -60,6 +62,7 @@ struct Params {
   int aligned_q, aligned_k, aligned_v, aligned_o;  // rows start at, and consist of, whole 16 bytes
   int map_m, map_n, map_rows, map_columns;
   int by_entries;  // whether tiles may be entry tiles
+  int n_row_tiles, n_splits, n_slots, split, slot;  // decode.cu
 };
 
 struct alignas(16) Vec4 {
@@ -128,6 +131,11 @@ struct AlphaSums {
 
 __device__ __forceinline__ float exponent_of(const Params& params, int i_h) {
   return (params.alpha_heads ? params.alpha_heads[i_h] : params.alpha) - 1;
+}
+
+// Whether the kernels of forward have to do with the heads that share these keys: decode.cu leaves flags behind.
+__device__ __forceinline__ bool is_asked_for(const Params& params, int i_b, int i_kv) {
+  return !params.flags || params.flags[i_b * params.heads_kv + i_kv] != 0;
 }
 
 // ---- what is seen

@@ -80,6 +80,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   float* staging = scratch + 32 + warp_of() * STAGING<M, N>;
 
   const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
+  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);

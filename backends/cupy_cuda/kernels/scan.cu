@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(CHECK_THREADS) entmax_attn_check_keys(const Pa
   extern __shared__ __align__(128) unsigned char smem[];
   const int i_chunk = blockIdx.x % params.n_chunks, i_bh = blockIdx.x / params.n_chunks;
   const int i_b = i_bh / params.heads_kv;
+  if (!is_asked_for(params, i_b, i_bh % params.heads_kv)) return;
   const int len_k = lengths_of(params, i_b).k;
   const int first_row = i_chunk * KEYS_PER_CHECK + static_cast<int>(threadIdx.x) / 8;
   const T* base = head_of<T>(params.k, i_b, params.stride_kb, i_bh % params.heads_kv, params.stride_kh);
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   float* scratch = reinterpret_cast<float*>(k_tiles + (IN_REGISTERS && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
+  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
