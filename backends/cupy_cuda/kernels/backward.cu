@@ -164,12 +164,12 @@ template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
                                            const Params& params) {
   // Found again, so that no register has to keep it.
-  const int i_bh = blockIdx.x / params.n_blocks, j = blockIdx.x % params.n_blocks;
+  const Turn turn = turn_of(params, blockIdx.x, gridDim.x, params.n_blocks);
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) {
-    const int key = j * BLOCK_N + row_of<M>(i);
+    const int key = turn.i * BLOCK_N + row_of<M>(i);
     if (key >= params.seqlen_k) continue;
-    const long long row = static_cast<long long>(i_bh) * params.seqlen_k + key;
+    const long long row = static_cast<long long>(turn.i_bh) * params.seqlen_k + key;
     T* start = static_cast<T*>(to) + row * width;
 #pragma unroll
     for (int n = 0; n < N; n++) {

@@ -178,14 +178,33 @@ struct QueryTile {
   float exponent;
 };
 
+// Numbers of k that programs which run at the same time may read, and as many of v, so that they stay in the L2 cache.
+constexpr long long READ_TOGETHER = 1 << 23;
+
+// A head, and which of its n tiles or blocks.
+struct Turn {
+  int i_bh, i;
+};
+
+// Of a program among all. The first ones of several heads come first, then the second ones: where these are the longest,
+// those that begin last, when others are through, are short.
+__device__ __forceinline__ Turn turn_of(const Params& params, int program, int n_programs, int n) {
+  const long long of_head = max(static_cast<long long>(params.seqlen_k) * params.head_dim, 1LL);
+  const int heads = n_programs / n;
+  const int most = min(max(static_cast<int>(READ_TOGETHER / of_head), 1), heads);
+  const int first = program / (most * n) * most, rest = program - first * n, together = min(most, heads - first);
+  return Turn{first + rest % together, rest / together};
+}
+
 // With PARTS, so many programs share a tile: the rows are those of a part.
 template <int BLOCK_M, int PARTS = 1>
 __device__ __forceinline__ QueryTile query_tile(const Params& params) {
   constexpr int ROWS = BLOCK_M / PARTS;
   QueryTile tile;
-  const int i_tile = blockIdx.x / PARTS, i_bh = i_tile / params.n_tiles;
+  const Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_tiles);
+  const int i_bh = turn.i_bh;
   // The longest first, where the mask is causal.
-  tile.i_m = params.n_tiles - 1 - i_tile % params.n_tiles;
+  tile.i_m = params.n_tiles - 1 - turn.i;
   tile.first = tile.i_m * BLOCK_M + static_cast<int>(blockIdx.x % PARTS) * ROWS;
   tile.i_b = i_bh / params.heads_q;
   tile.i_h = i_bh % params.heads_q;

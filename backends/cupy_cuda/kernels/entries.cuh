@@ -345,10 +345,10 @@ struct KeyBlock {
 
 __device__ __forceinline__ KeyBlock key_block(const Params& params) {
   KeyBlock block;
-  const int i_bh = blockIdx.x / params.n_blocks;
-  block.j = blockIdx.x % params.n_blocks;
-  block.i_b = i_bh / params.heads_kv;
-  block.i_kv = i_bh % params.heads_kv;
+  const Turn turn = turn_of(params, blockIdx.x, gridDim.x, params.n_blocks);
+  block.j = turn.i;
+  block.i_b = turn.i_bh / params.heads_kv;
+  block.i_kv = turn.i_bh % params.heads_kv;
   block.group = params.heads_q / params.heads_kv;
   block.lengths = lengths_of(params, block.i_b);
   return block;

@@ -1,5 +1,5 @@
-// Refine over the listed blocks: tau nearly at its end, and the blocks that still hold support then. Where support is
-// few entries in many blocks, the entries are listed instead of the blocks, and give tau and out at once.
+// Refine over the listed blocks: tau nearly at its end, and the blocks that still hold support then. Where a tile's
+// entries can be listed, they give tau; where they are few in many blocks, out too, at once.
 #include "entries.cuh"
 #include "products.cuh"
 
@@ -8,8 +8,6 @@ constexpr int MAX_STEPS = 16;
 // More than so many in a block cost more one by one than the block does; measured on an H100.
 template <int D>
 constexpr int ENTRIES_PER_BLOCK = D <= 64 ? 192 : 96;
-// What a warp may have more than that, for the blocks that it begins with.
-constexpr int SPARE_ENTRIES = 128;
 
 // The scores above the bound of tau that a lane has met, in order of the keys: those of its first row from place 0 on,
 // those of its second row from the last place back.
@@ -258,19 +256,16 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const int n_whole = tile.everyone / BLOCK_N;
 
   Fragments<T, D, M> fragments;
-  auto load_queries = [&]() {
-    load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                      params.aligned_q);
-    cp_async_commit();
-    cp_async_wait<0>();
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                    params.aligned_q);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+  if constexpr (WGMMA) {
+    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
     __syncthreads();
-    apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-    if constexpr (WGMMA) {
-      load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
-      __syncthreads();
-    }
-  };
-  load_queries();
+  }
   if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
 
   // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
@@ -295,6 +290,25 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   auto mask = [&](float(&s)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
   };
+  auto shorten_list = [&](auto&& is_kept) {
+    int n_kept = 0;
+    for (int first = 0; first < count; first += THREADS) {
+      const int i = first + static_cast<int>(threadIdx.x);
+      const int j = i < count ? list[i] : 0;
+      const bool keeps = i < count && is_kept(i);
+      const int at = compact<WARPS>(keeps, n_kept, reinterpret_cast<int*>(scratch));
+      if (keeps) list[at] = j;
+    }
+    count = n_kept;
+  };
+  auto store_results = [&](const float(&end)[R]) {
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+      const int row = tile.first + row_of<M>(i);
+      if (lane_of() % 4 == 0 && row < params.seqlen_q) params.tau[tile.row + row] = end[i];
+    }
+    if (threadIdx.x == 0) params.counts[tile.index] = count;
+  };
   if constexpr (ENTRIES) {
     constexpr int ROOM = D > 64 ? 42 : 52;  // of a lane
     static_assert(CAPACITY<BLOCK_M, D> * 6 <= RING * static_cast<int>(sizeof(T)));
@@ -318,28 +332,35 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
           entries.add(x, bound, i << LaneEntries::COLUMN_BITS | column << 1);
       }
       bool is_much = entries.is_full();
-      if (i % 8 == 7) {
-        const float n = warp_sum(static_cast<float>(entries.count()));
-        is_much |= n > SPARE_ENTRIES + ENTRIES_PER_BLOCK<D> * 2 / WARPS * (i + 1);
-      }
+      // If it goes on like this, the warp's lists will be full.
+      if (i % 8 == 7) is_much |= warp_sum(static_cast<float>(entries.count())) * count > 32 * ROOM * (i + 1);
       if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     });
     // Again, so that no register kept it.
     load_tau();
     const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
-    const float n = block_sum<WARPS>(static_cast<float>(entries.count()), scratch);
-    if (n_steps > 0 && has_all && n <= static_cast<float>(ENTRIES_PER_BLOCK<D>) * count) {
+    if (n_steps > 0 && has_all) {
       float end[R] = {tau[0], tau[1]};
       const EntryPlaces places = solve_by_entries<ALPHA, WARPS>(entries, end, c, r, reinterpret_cast<int*>(scratch));
       const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
-      if (places.total <= saved.capacity) {
+      if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
         attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
                                                                 k_tiles, r);
         return;
       }
-      load_queries();  // again, too
+      unsigned char* has_support = reinterpret_cast<unsigned char*>(k_tiles);
+      fill<THREADS, unsigned char>(has_support, count, 0);
+      __syncthreads();
+#pragma unroll
+      for (int row = 0; row < 2; row++)
+        for (int i = 0; i < places.size[row]; i++)
+          has_support[entries.codes[entries.place(row, i)] >> LaneEntries::COLUMN_BITS] = 1;
+      __syncthreads();
+      shorten_list([&](int i) { return has_support[i] != 0; });
+      store_results(end);
+      return;
     }
   }
 
@@ -374,15 +395,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     });
     quad_sums(f, g);
     if (step == 0 && !has_bad) {
-      int n_kept = 0;
-      for (int first = 0; first < count; first += THREADS) {
-        const int i = first + static_cast<int>(threadIdx.x);
-        const bool is_kept = i < count && bit_of(words, i);
-        const int j = i < count ? list[i] : 0;
-        const int at = compact<WARPS>(is_kept, n_kept, reinterpret_cast<int*>(scratch));
-        if (is_kept) list[at] = j;
-      }
-      count = n_kept;
+      shorten_list([&](int i) { return bit_of(words, i); });
       __syncthreads();
     }
     float relative = 0;
@@ -394,10 +407,5 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     }
     largest = block_max<WARPS>(relative, scratch);
   }
-#pragma unroll
-  for (int i = 0; i < R; i++) {
-    const int row = tile.first + row_of<M>(i);
-    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.tau[tile.row + row] = tau[i];
-  }
-  if (threadIdx.x == 0) params.counts[tile.index] = count;
+  store_results(tau);
 }
