@@ -55,6 +55,9 @@ WORD = tl.constexpr(32)
 
 BINS = tl.constexpr(16)
 
+# Numbers of k that programs which run at the same time may read, and as many of v, so that they stay in the L2 cache.
+READ_TOGETHER = tl.constexpr(1 << 23)
+
 # Newton steps on the kept maxima after the scan; each costs a few thousandths of it.
 INIT_STEPS = tl.constexpr(4)
 
@@ -112,6 +115,21 @@ def _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q: tl.co
     if HAS_SEQLENS_K:
         len_k = tl.minimum(tl.maximum(tl.load(SEQLENS_K + i_b).to(tl.int32), 0), seqlen_k)
     return len_q, len_k
+
+
+@triton.jit
+def _turn(program, programs, n, seqlen_k, HEAD_DIM: tl.constexpr):
+    """A head, and which of its n tiles or blocks, of a program among all.
+
+    The first ones of several heads come first, then the second ones: where these are the longest, those that begin
+    last, when others are through, are short.
+    """
+    heads = programs // n
+    most = tl.minimum(tl.maximum(READ_TOGETHER // HEAD_DIM // seqlen_k, 1), heads)
+    first = program // (most * n) * most
+    rest = program - first * n
+    together = tl.minimum(most, heads - first)
+    return first + rest % together, rest // together
 
 
 @triton.jit
@@ -452,8 +470,8 @@ def entmax_attn_fwd_scan(
     the scores, followed by Newton steps on the way, is the bound that later blocks must pass.
     """
     KEYS: tl.constexpr = BLOCK_N * BLOCKS
-    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
+    i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
+    i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
@@ -678,8 +696,8 @@ def entmax_attn_fwd_refine(
     What is left of tau's error the output pass finds and corrects. After the first step, the list keeps the blocks that
     it had found above the bound of the scan. LIVE is cleared for the output pass.
     """
-    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
+    i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
+    i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     if FLAGS is not None:
@@ -878,9 +896,9 @@ def entmax_attn_fwd_output(
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
-    i_program = tl.program_id(0) // TILE_PROGRAMS
-    i_m = n_tiles - 1 - i_program % n_tiles
-    i_bh = i_program // n_tiles
+    programs = tl.num_programs(0) // TILE_PROGRAMS
+    i_bh, i_turn = _turn(tl.program_id(0) // TILE_PROGRAMS, programs, n_tiles, seqlen_k, HEAD_DIM)
+    i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     if FLAGS is not None:
@@ -1068,8 +1086,8 @@ def entmax_attn_bwd_dq(
     PRECISION: tl.constexpr,
 ):
     """delta = dout . out1 per row, beside tau in TAU_DELTA; dq, and the gradient of alpha per row."""
-    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
+    i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
+    i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
@@ -1291,8 +1309,7 @@ def entmax_attn_bwd_dkv(
     PRECISION: tl.constexpr,
 ):
     """dk and dv of one block of keys, over the tiles of all heads of its group for which it is live: no atomics."""
-    j = tl.program_id(0) % n_blocks
-    i_bh = tl.program_id(0) // n_blocks
+    i_bh, j = _turn(tl.program_id(0), tl.num_programs(0), n_blocks, seqlen_k, HEAD_DIM)
     i_b = (i_bh // heads_kv).to(tl.int64)
     i_h = (i_bh % heads_kv).to(tl.int64)
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
@@ -1390,8 +1407,8 @@ def entmax_attn_support(
     PRECISION: tl.constexpr,
 ):
     """How many keys of each row have u > 0, and which (map_m, map_n) blocks hold one."""
-    i_m = n_tiles - 1 - tl.program_id(0) % n_tiles
-    i_bh = tl.program_id(0) // n_tiles
+    i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
+    i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
