@@ -27,6 +27,8 @@ from adasplash2.backends.cupy_cuda.config import (
     ENTRY_WARPS,
     SHARED_MEMORY,
     configure,
+    configure_decode,
+    decode_memory,
     head_class,
     leads,
     shared_memory,
@@ -49,6 +51,7 @@ KERNELS = {
     *("entmax_attn_check_keys", "entmax_attn_fwd_scan", "entmax_attn_fwd_refine", "entmax_attn_fwd_output"),
     *("entmax_attn_bwd_dq", "entmax_attn_bwd_dkv", "entmax_attn_support", "entmax_rows_fwd", "entmax_rows_bwd"),
 }
+DECODE_KERNELS = {"entmax_attn_decode_scan", "entmax_attn_decode_output"}
 ENTRIES_KERNELS = {"entmax_attn_bwd_dq_entries", "entmax_attn_bwd_dkv_entries"}
 
 emulated = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
@@ -81,9 +84,24 @@ def everything(whole: CupyBackend, request: AttentionRequest) -> None:
     result = whole.forward(request)
     whole.backward(request, result.tau, result.saved, torch.zeros_like(result.out))
     whole.support(request, 64, 64)
+    for group in (1, 2, 4):
+        whole.forward(few_queries(request, 16, group))
     x = torch.zeros(4, 100, dtype=request.q.dtype)
     alpha_rows = None if request.alpha_heads is None else torch.full((4,), 1.2)
     whole.entmax_backward(whole.entmax(EntmaxRequest(x, request.alpha, alpha_rows)), x, request.alpha, alpha_rows)
+
+
+def few_queries(request: AttentionRequest, seqlen_q: int, group: int) -> AttentionRequest:
+    """The like of a call, as in decoding: zeros."""
+    alphas = request.alpha_heads
+    return dataclasses.replace(
+        request,
+        q=request.q.new_zeros(1, group, seqlen_q, request.head_dim),
+        k=request.k.new_zeros(1, 1, backend.MANY, request.head_dim),
+        v=request.v.new_zeros(1, 1, backend.MANY, request.head_dim_v),
+        alpha_heads=None if alphas is None else alphas[:1].expand(group),
+        save_for_backward=False,
+    )
 
 
 def shipped(
@@ -231,6 +249,13 @@ def test_configurations_fit_the_devices() -> None:
             columns = config.block_m if name == "dkv" else config.block_n
             assert (launch.columns % columns if name == "scan" else columns % launch.columns) == 0
             assert dtype == FLOAT or launch.columns % 16 == 0
+        for rows in (1, 16, 17, 33, 500):
+            few = configure_decode(dtype, head, capability, rows)
+            assert few.block_m >= min(rows, 32)
+            assert few.scan.columns % (32 if dtype == FLOAT else 64) == 0
+            for name in ("scan", "output"):
+                memory = decode_memory(name, getattr(few, name), few.block_m, head * dtype.itemsize)
+                assert memory <= SHARED_MEMORY[capability]
         assert not config.entries or (dtype != FLOAT and config.dkv.wgmma)
         for name in ("dq_entries", "dkv_entries"):
             assert not config.entries or shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
@@ -345,7 +370,9 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing() -> None:
 
 
 def test_every_kernel_is_shipped() -> None:
-    assert {kernel.partition("<")[0] for kernel in shipped((9, 0), (HALF,), (64,), (1.5,))} == KERNELS | ENTRIES_KERNELS
+    assert {
+        kernel.partition("<")[0] for kernel in shipped((9, 0), (HALF,), (64,), (1.5,))
+    } == KERNELS | DECODE_KERNELS | ENTRIES_KERNELS
 
 
 # ---- what compiles
@@ -429,7 +456,7 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
     launches = shipped(numbers(name), (dtype,), (head,), (alpha,), (init,))
     config = configure(dtype, head, numbers(name))
     assert config is not None
-    expected = KERNELS | ENTRIES_KERNELS if config.entries else KERNELS
+    expected = KERNELS | DECODE_KERNELS | (ENTRIES_KERNELS if config.entries else set())
     assert {kernel.partition("<")[0] for kernel in launches} == expected
     for launch, report in reported(launches, name):
         assert (report.spills, report.stack) == (0, 0), f"sm_{name}, {launch.kernel}: {report}"
@@ -458,6 +485,27 @@ EMULATED = [
 ]
 
 
+DECODED = [
+    ((9, 0), Case(1, 2500, heads_kv=2, group=4, head_dim=64, head_dim_v=64, dtype=BF16)),
+    ((9, 0), Case(1, 2500, group=4, head_dim=64, head_dim_v=40, dtype=HALF, kind="topics", is_causal=True)),
+    ((9, 0), Case(5, 2100, group=8, head_dim=24, head_dim_v=16, alpha=2.0, is_causal=True)),
+    ((9, 0), Case(16, 4200, group=2, head_dim=128, head_dim_v=128, dtype=BF16, alpha=1.2, is_causal=True)),
+    ((9, 0), Case(16, 2048, group=5, head_dim=33, head_dim_v=7, dtype=HALF, alpha=1.3, is_causal=True)),
+    ((9, 0), Case(7, 2300, head_dim=200, head_dim_v=256, dtype=BF16, layout="sliced")),
+    ((9, 0), Case(2, 2300, group=3, head_dim=100, head_dim_v=128, alpha=1.3, gain=3)),
+    ((9, 0), Case(3, 2100, head_dim=130, head_dim_v=200, kind="topics", is_causal=True)),
+    (
+        (9, 0),
+        Case(
+            3, 2300, 24, 24, 3, group=2, alpha=(1.5, 1.2), is_causal=True, seqlens_q=(3, 0, 2), seqlens_k=(2300, 9, 0)
+        ),
+    ),
+    ((9, 0), Case(2, 70_001, head_dim=8, head_dim_v=8, dtype=HALF, gain=2)),
+    ((8, 6), Case(1, 2100, group=20, head_dim=128, head_dim_v=80, dtype=HALF, alpha=2.0)),
+    ((7, 5), Case(4, 2100, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+]
+
+
 @pytest.fixture(scope="module")
 def emulator() -> EmulatedLauncher:
     """With the kernels of most tests compiled together, which takes half the time."""
@@ -465,6 +513,8 @@ def emulator() -> EmulatedLauncher:
     for capability, case in EMULATED:
         request, dout = case.build(CPU)
         run_attention(CupyBackend(launcher=recorder, capability=capability), request, dout)
+    for capability, case in DECODED:
+        run_attention(CupyBackend(launcher=recorder, capability=capability), case.build(CPU)[0])
     emulated_launcher = EmulatedLauncher(launcher.KERNELS)
     for source, kernels in by_source({launch.kernel: launch for launch in recorder.launches}).items():
         emulated_launcher.compile(source, kernels)
@@ -494,14 +544,14 @@ def emulator_of(seed: int, **options: Any) -> EmulatedLauncher:
     return EmulatedLauncher(launcher.KERNELS, seed, **options)
 
 
-class OnlyScan:
-    """A launcher that leaves out what comes after the scan."""
+class Only:
+    """A launcher that leaves out the kernels of other files."""
 
-    def __init__(self, whole: EmulatedLauncher) -> None:
-        self._whole = whole
+    def __init__(self, whole: EmulatedLauncher, source: str) -> None:
+        self._whole, self._source = whole, source
 
     def launch(self, source: str, kernel: str, *rest: Any) -> None:
-        if source == "scan.cu":
+        if source == self._source:
             self._whole.launch(source, kernel, *rest)
 
 
@@ -524,7 +574,7 @@ def test_scans_agree(emulator: EmulatedLauncher, head_dim: int, n_keys: int) -> 
     stands_alone = (z == largest[..., None]).sum(-1) == 1
     assert stands_alone.sum() > 40
     for capability in ((9, 0), (8, 0)):
-        tau = CupyBackend(launcher=OnlyScan(emulator), capability=capability).forward(request).tau
+        tau = CupyBackend(launcher=Only(emulator, "scan.cu"), capability=capability).forward(request).tau
         assert torch.equal(tau[stands_alone], (largest - 1).float()[stands_alone])
 
 
@@ -604,9 +654,113 @@ def test_entmax(emulator: EmulatedLauncher, alpha: float) -> None:
         assert_close(dalpha, truth, "dalpha")
 
 
-# ---- entries
+# ---- few queries over many keys
 
 HOPPER = (9, 0)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("capability", "case"), DECODED, ids=[f"{i}-{case.dtype}-{case.head_dim}" for i, (_, case) in enumerate(DECODED)]
+)
+def test_decoding(emulator: EmulatedLauncher, capability: tuple[int, int], case: Case) -> None:
+    """By its own kernels alone: no row is left to the others, and they leave it as it is."""
+    request, _ = case.build(CPU)
+    alone, whole = (
+        CupyBackend(launcher=launching, capability=capability) for launching in (Only(emulator, "decode.cu"), emulator)
+    )
+    assert_attention(alone, request)
+    runs = [run_attention(one, request) for one in (alone, whole)]
+    for quantity, result in runs[0].items():
+        assert torch.equal(result, runs[1][quantity]), quantity
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["narrow", "equal"])
+@pytest.mark.parametrize("alpha", [1.3, (1.2, 1.5, 2.0, 1.8)])
+def test_more_candidates_than_there_is_room_for(emulator: EmulatedLauncher, kind: str, alpha: Any) -> None:
+    """The heads that share these keys are left to the other kernels, the others are not."""
+    case = Case(3, 2500, heads_kv=2, group=2, head_dim=32, head_dim_v=32, dtype=HALF, kind=kind, alpha=alpha)
+    request, _ = case.build(CPU)
+    for tensor in (request.q[:, 2:], request.k[:, 1]):
+        tensor.normal_(generator=torch.Generator().manual_seed(tensor.dim()))
+    assert_attention(CupyBackend(launcher=emulator, capability=HOPPER), request)
+    tau = CupyBackend(launcher=Only(emulator, "decode.cu"), capability=HOPPER).forward(request).tau
+    assert tau[:, :2].isnan().any()
+    assert not tau[:, 2:].isnan().any()
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_decoding_at_scales_that_are_not_positive(emulator: EmulatedLauncher, scale: float) -> None:
+    request, _ = Case(2, 2048, head_dim=32, dtype=HALF).build(CPU)
+    assert_attention(CupyBackend(launcher=emulator, capability=HOPPER), dataclasses.replace(request, scale=scale))
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_decoding_with_a_bad_number(emulator: EmulatedLauncher, name: str, value: float, dtype: torch.dtype) -> None:
+    """It reaches the row that has it, or the rows that see it, in v those in which it has weight; no other bit."""
+    case = Case(3, 2100, heads_kv=2, group=2, head_dim=24, head_dim_v=24, is_causal=True, dtype=dtype)
+    request, _ = case.build(CPU)
+    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    last = 1 if name == "q" else 2098
+    if name == "v":
+        request.k[0, 1, last] = 4 * request.q[0, 2, 1]  # has weight in this row
+    clean = whole.forward(request)
+    getattr(request, name)[0, 1, last, 5] = value
+    results = whole.forward(request)
+    expected = torch.zeros(1, 4, 3, dtype=torch.bool)
+    if name == "q":
+        expected[0, 1, 1] = True
+    elif name == "k":
+        expected[0, 2:, 1:] = True
+    else:
+        sees = clean.out.isfinite().all(-1) & ~results.out.isfinite().all(-1)
+        assert sees[0, 2, 1]
+        assert not sees[0, :2].any()
+        assert not sees[0, :, 0].any()
+        expected = sees
+    assert torch.equal(~results.out.isfinite().all(-1), expected)
+    assert torch.equal(results.tau.isnan(), expected if name != "v" else torch.zeros_like(expected))
+    assert torch.equal(results.out[~expected], clean.out[~expected])
+
+
+@emulated
+@pytest.mark.slow
+def test_the_order_of_threads_changes_no_bit_in_decoding(emulator: EmulatedLauncher) -> None:
+    request, _ = Case(3, 2500, group=2, head_dim=40, head_dim_v=24, dtype=HALF, gain=0.5).build(CPU)
+    runs = [
+        run_attention(CupyBackend(launcher=order, capability=HOPPER), request) for order in (emulator, emulator_of(1))
+    ]
+    for quantity, result in runs[0].items():
+        assert torch.equal(result, runs[1][quantity]), quantity
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 2100, group=9, head_dim=40, head_dim_v=64, dtype=HALF, is_causal=True),
+        Case(1, 2051, head_dim=33, head_dim_v=35, alpha=1.3),
+        Case(1, 2100, head_dim=16, head_dim_v=16, kind="equal", dtype=HALF),
+    ],
+    ids=["aligned", "unaligned", "left to the others"],
+)
+def test_no_access_out_of_bounds_and_no_race_in_decoding(case: Case) -> None:
+    request, _ = case.build(CPU)
+    assert_attention(CupyBackend(launcher=emulator_of(2, is_checked=True), capability=HOPPER), request)
+
+
+# ---- entries
+
 ENTRY_TILE = 4  # of `live`, where it speaks of a tile's first block
 
 # How many tiles are entry tiles; they have up to 2,935 entries, a block of one head up to 1,661.

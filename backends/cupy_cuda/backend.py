@@ -19,9 +19,12 @@ from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
     ENTRY_WARPS,
+    GROUPS,
     Config,
     Launch,
     configure,
+    configure_decode,
+    decode_memory,
     head_class,
     shared_memory,
 )
@@ -34,6 +37,13 @@ CHECK_WARPS = 4
 ROW_WARPS = 8
 SHORTEST_CAPABILITY = CAPABILITIES[0]
 WORD = 32
+SHORT = 16  # queries, at most, that are few
+MANY = 2048  # keys, at least, that are split over programs when the queries are few
+
+# Where keys are split: a program has so many at least, and a row so many slots at most, each with GROUPS maxima.
+KEYS_PER_SPLIT = 512
+SLOTS = 512
+KEYS_PER_SLOT = 128
 
 # What may be left of tau's error when the output pass begins, in units of the mean u. The output pass then squares the
 # error (output.cu). On float32 at alpha = 2 the bound is that of rounding.
@@ -67,6 +77,8 @@ ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m"
 
 
 _SOURCES = {
+    "entmax_attn_decode_scan": "decode.cu",
+    "entmax_attn_decode_output": "decode.cu",
     "entmax_attn_check_keys": "scan.cu",
     "entmax_attn_fwd_scan": "scan.cu",
     "entmax_attn_fwd_refine": "refine.cu",
@@ -315,8 +327,9 @@ class CupyBackend:
                 t.zero_()
             return AttentionResult(out, tau, saved)
         arguments = call.arguments()
-        checks = request.batch * request.heads_kv * arguments["n_chunks"]
         # Named, so that they live until the last launch; after it, torch's allocator orders their reuse on the stream.
+        flags, _maxima = self._decode(call, arguments, out, tau)
+        checks = request.batch * request.heads_kv * arguments["n_chunks"]
         first_bad = call.empty(checks, dtype=torch.int32)
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
@@ -325,7 +338,7 @@ class CupyBackend:
             PARAMS,
             arguments
             | {"out": out, "out1": out1, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts}
-            | {"first_bad": first_bad, "by_entries": by_entries},
+            | {"first_bad": first_bad, "by_entries": by_entries, "flags": flags},
         )
         self._launch(_of("entmax_attn_check_keys", call.dtype), checks, CHECK_WARPS, 128, record)
         programs, alpha = call.programs, call.alpha_class
@@ -334,6 +347,57 @@ class CupyBackend:
         programs *= config.parts("output")
         self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
         return AttentionResult(out, tau, saved)
+
+    def _decode(
+        self, call: _Call, arguments: dict[str, Any], out: Tensor, tau: Tensor
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Few queries over many keys; the flags of what is left to the other kernels, and what must live as long."""
+        request, dtype = call.request, call.q.dtype
+        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY:
+            return None, None
+        rows = request.seqlen_q * (request.heads_q // request.heads_kv)
+        head = call.config.head
+        config = configure_decode(dtype, head, self._capability_of(call.q.device), rows)
+        scan, output = config.scan, config.output
+        n_row_tiles = -(-rows // config.block_m)
+        units = request.batch * request.heads_kv
+        products = -(-request.seqlen_k // scan.columns)
+        slot = max(-(-products // SLOTS), KEYS_PER_SLOT // scan.columns)
+        n_slots = -(-products // slot)
+        wanted = scan.programs * _multiprocessors(call.q.device) // (units * n_row_tiles)
+        split = max(-(-products // max(wanted, 1)), KEYS_PER_SPLIT // scan.columns)
+        split = -(-split // slot) * slot
+        n_splits = -(-products // split)
+        flags = call.empty(units, dtype=torch.int32)
+        maxima = call.empty(units * rows, n_slots * GROUPS, dtype=torch.float32)
+        record = _record(
+            PARAMS,
+            arguments
+            | {"out": out, "tau": tau, "flags": flags, "maxima": maxima, "n_row_tiles": n_row_tiles}
+            | {"n_splits": n_splits, "n_slots": n_slots, "split": split, "slot": slot},
+        )
+        row = head * dtype.itemsize
+        self._launch(
+            _of(
+                "entmax_attn_decode_scan",
+                *(call.dtype, head, config.block_m // 16, scan.columns, scan.stages, scan.programs),
+            ),
+            units * n_row_tiles * n_splits,
+            scan.warps,
+            decode_memory("scan", scan, config.block_m, row),
+            record,
+        )
+        self._launch(
+            _of(
+                "entmax_attn_decode_output",
+                *(call.dtype, head, call.alpha_class, scan.columns, output.columns, output.warps, output.stages),
+            ),
+            units * rows,
+            output.warps,
+            decode_memory("output", output, config.block_m, row),
+            record,
+        )
+        return flags, maxima
 
     def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         call = _Call(self, request)
@@ -436,6 +500,12 @@ class CupyBackend:
         )
         kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))
         self._launch(kernel, rows, ROW_WARPS, 128, record)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Those of an H100 where kernels are emulated."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @functools.cache

@@ -7,13 +7,26 @@ spills) and from what fits into shared memory. Nothing is tuned while a user wai
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from adasplash2.contract import AttentionRequest
 
-__all__ = ["CAPABILITIES", "SHARED_MEMORY", "Config", "Launch", "configure", "head_class", "leads", "shared_memory"]
+__all__ = [
+    "CAPABILITIES",
+    "GROUPS",
+    "SHARED_MEMORY",
+    "Config",
+    "DecodeConfig",
+    "Launch",
+    "configure",
+    "configure_decode",
+    "decode_memory",
+    "head_class",
+    "leads",
+    "shared_memory",
+]
 
 # Bytes of shared memory that a program may have, by compute capability (CUDA C++ Programming Guide, technical
 # specifications); a newer device gets what the nearest older one here has.
@@ -33,6 +46,10 @@ SCRATCH = 128  # bytes that each kernel has for reductions
 LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
 LONG = 16_384  # queries and keys
+
+# Of calls with few queries over many keys (decode.cu).
+GROUPS = 16
+CANDIDATES = 2048
 
 LANE_ENTRIES = {64: 52, 128: 42}  # above the bound of tau that a lane has room for (refine.cu), by head
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
@@ -108,6 +125,10 @@ def head_class(head_dim: int, head_dim_v: int) -> int:
     return next(size for size in HEAD_CLASSES if max(head_dim, head_dim_v) <= size)
 
 
+def _nearest(capability: tuple[int, int]) -> tuple[int, int]:
+    return max(known for known in CAPABILITIES if known <= capability)
+
+
 @functools.cache
 def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Config | None:
     """The configuration of a call, or None where nothing fits.
@@ -117,15 +138,26 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
         head: ``head_class`` of the heads.
         capability: of the device, as (9, 0).
     """
-    nearest = max(known for known in CAPABILITIES if known <= capability)
+    nearest = _nearest(capability)
     room = SHARED_MEMORY[nearest]
     candidates = (_HALF if dtype.itemsize == 2 else _FLOAT)[head]
     if dtype.itemsize == 2 and (nearest, head) in _HALF_OF_ONE:
         candidates = [_HALF_OF_ONE[nearest, head]]
     for config in candidates:
-        if all(shared_memory(config, name, dtype) <= room for name in ("scan", "refine", "output", "dq", "dkv")):
-            return config
+        if _fits(config, dtype, room):
+            with_entries = replace(config, entries=True)
+            return with_entries if _can_have_entries(config, dtype) and _fits(with_entries, dtype, room) else config
     return None
+
+
+def _can_have_entries(config: Config, dtype: torch.dtype) -> bool:
+    """A warp of refine lists those of 16 rows."""
+    return dtype.itemsize == 2 and config.head in LANE_ENTRIES and config.block_m == 16 * config.refine.warps
+
+
+def _fits(config: Config, dtype: torch.dtype, room: int) -> bool:
+    kernels = ["scan", "refine", "output", "dq", "dkv"] + ["dq_entries", "dkv_entries"] * config.entries
+    return all(shared_memory(config, kernel, dtype) <= room for kernel in kernels)
 
 
 def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
@@ -143,16 +175,58 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
         in_registers = dtype.itemsize == 2 and config.head <= 128 and config.head * launch.columns <= 8192
         return SCRATCH + (max(tile, ring) if in_registers else tile + ring)
     if kernel == "refine":
-        if launch.wgmma:
-            listed = launch.warps * 32 * LANE_ENTRIES[config.head] * 6 if config.entries else 0
-            return SCRATCH + max(tile, launch.stages * block) + listed
-        return SCRATCH + tile + launch.stages * block
+        ring = launch.stages * block
+        listed = launch.warps * 32 * LANE_ENTRIES[config.head] * 6 if config.entries else 0
+        return SCRATCH + (max(tile, ring) if launch.wgmma else tile + ring) + listed
     if kernel == "output":
         return SCRATCH + tile // config.parts(kernel) + launch.stages * (block + config.block_n * row_v) + staging
     if kernel == "dq":
         return SCRATCH + LIST + 2 * tile // config.parts(kernel) + launch.stages * 2 * block + staging
     part = launch.columns * (2 * row + 2 * 4)
     return SCRATCH + LIST + 2 * block + launch.stages * part + staging
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How a call with few queries over many keys is cut up.
+
+    Attributes:
+        block_m: queries that a program of the scan takes, of those that share keys.
+        scan, output: of the kernels; columns are keys that are in shared memory in one piece.
+    """
+
+    block_m: int
+    scan: Launch
+    output: Launch
+
+
+@functools.cache
+def configure_decode(dtype: torch.dtype, head: int, capability: tuple[int, int], rows: int) -> DecodeConfig:
+    """The configuration of a call that the other kernels serve.
+
+    Args:
+        dtype: of q, k and v.
+        head: ``head_class`` of the heads.
+        capability: of the device, as (9, 0).
+        rows: queries that share keys.
+    """
+    room = SHARED_MEMORY[_nearest(capability)]
+    row = head * dtype.itemsize
+    block_m = next(size for size in (16, 32, 64) if size == 64 or size >= rows or size * row > 16_384)
+    ring = 65_536 if room > 160_000 else 32_768
+    keys = min(max(16_384 // row, 64 if dtype.itemsize == 2 else 32), 128)
+    stages = max(ring // (keys * row), 2)
+    scan = Launch(4, keys, stages, 1)
+    programs = room // (decode_memory("scan", scan, block_m, row) + 1024)
+    scan = replace(scan, programs=min(max(programs, 1), 3))
+    return DecodeConfig(block_m, scan, Launch(8, 16_384 // row, 3 if capability >= (8, 0) else 1, 1))
+
+
+def decode_memory(kernel: str, launch: Launch, block_m: int, row: int) -> int:
+    """Bytes of shared memory that a program of decode.cu takes; ``row`` are those of a row of k."""
+    if kernel == "scan":
+        return (block_m + launch.stages * launch.columns) * row
+    return SCRATCH + (16 + launch.stages * launch.columns) * row + CANDIDATES * 14
 
 
 _Numbers = tuple[int, int, int, int]
@@ -197,7 +271,6 @@ _HALF_OF_ONE = {
         output=Launch(4, 64, 3, 3, True),
         dq=Launch(4, 64, 2, 4, True),
         dkv=Launch(4, 64, 2, 3, True),
-        entries=True,
     ),
     ((9, 0), 128): Config(
         128,
@@ -209,7 +282,6 @@ _HALF_OF_ONE = {
         output=Launch(4, 64, 3, 2, True),
         dq=Launch(4, 64, 2, 2, True),
         dkv=Launch(4, 64, 2, 2, True),
-        entries=True,
     ),
     ((9, 0), 256): _config((256, 128, 64, 32), (4, 32, 2, 1), (4, 16, 3, 1), (4, 16, 2, 1), (2, 16, 1, 1)),
     ((10, 0), 64): _BLACKWELL_64,
