@@ -333,6 +333,47 @@ def test_launches_of_a_call() -> None:
     assert dq_entries.args["transposed"] == dkv_entries.args["transposed"] != 0
 
 
+@pytest.mark.parametrize(
+    ("capability", "heads", "n_programs", "n_splits"),
+    # So many programs a multiprocessor at most, of 132, and no fewer than 512 keys each.
+    [((9, 0), 1, 3, 49), ((9, 0), 24, 3, 16), ((8, 6), 24, 2, 11)],
+)
+def test_launches_of_few_queries(capability: tuple[int, int], heads: int, n_programs: int, n_splits: int) -> None:
+    """The keys of a head are split so that all multiprocessors have work; the other kernels have the flags."""
+    recorder = Recorder()
+    case = Case(2, 25_000, heads_kv=heads, group=3, head_dim=40, head_dim_v=80, dtype=BF16, layout="sliced")
+    request, _ = case.build(CPU)
+    result = CupyBackend(launcher=recorder, capability=capability).forward(request)
+    assert result.saved == []
+    scan, output, *others = recorder.launches
+    assert [launch.kernel.partition("<")[0] for launch in recorder.launches] == [
+        *("entmax_attn_decode_scan", "entmax_attn_decode_output", "entmax_attn_check_keys"),
+        *("entmax_attn_fwd_scan", "entmax_attn_fwd_refine", "entmax_attn_fwd_output"),
+    ]
+    few = configure_decode(BF16, 128, capability, 6)
+    assert (few.block_m, few.scan.programs) == (16, n_programs)
+    assert scan.grid == (heads * n_splits, 1, 1)
+    assert output.grid == (3 * heads * 2, 1, 1)
+    for launch in (scan, output):
+        assert launch.args["out"] == result.out.data_ptr()
+        assert launch.args["tau"] == result.tau.data_ptr()
+        assert launch.args["n_splits"] == n_splits
+        assert launch.args["split"] * few.scan.columns * n_splits >= 25_000
+        assert launch.args["split"] % launch.args["slot"] == 0
+        assert launch.args["n_slots"] <= backend.SLOTS
+    assert all(launch.args["flags"] == scan.args["flags"] != 0 for launch in recorder.launches)
+    assert all(launch.args["maxima"] == 0 for launch in others)
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "saves"), [(17, 4000, False), (16, 2047, False), (1, 4000, True)])
+def test_what_the_other_kernels_do(seqlen_q: int, seqlen_k: int, saves: bool) -> None:
+    recorder = Recorder()
+    request = dataclasses.replace(Case(seqlen_q, seqlen_k, dtype=HALF).build(CPU)[0], save_for_backward=saves)
+    CupyBackend(launcher=recorder, capability=(9, 0)).forward(request)
+    assert not any("decode" in launch.kernel for launch in recorder.launches)
+    assert all(launch.args["flags"] == 0 for launch in recorder.launches)
+
+
 def test_alignment_decides_how_rows_are_read() -> None:
     t = torch.zeros(2, 3, 40, 64, dtype=HALF)
     for tensor, expected in (
@@ -778,7 +819,7 @@ BY_ENTRIES = [
         Case(200, 900, 64, 64, 3, dtype=HALF, is_causal=True, seqlens_q=(170, 0, 60), seqlens_k=(850, 600, 0), gain=2),
     ),
     ("all", Case(1500, 400, head_dim=64, head_dim_v=64, dtype=HALF, gain=2)),
-    ("all", Case(5, 16500, head_dim=40, head_dim_v=64, dtype=HALF, gain=1.5)),
+    ("all", Case(17, 16500, head_dim=40, head_dim_v=64, dtype=HALF, gain=1.5)),
     ("some", Case(2000, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="topics", gain=2)),
     ("none", Case(150, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="narrow", is_causal=True)),
 ]

@@ -34,6 +34,7 @@ __all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
 
 KEYS_PER_CHECK = 128
 CHECK_WARPS = 4
+CHECKS_PER_MULTIPROCESSOR = 16
 ROW_WARPS = 8
 SHORTEST_CAPABILITY = CAPABILITIES[0]
 WORD = 32
@@ -60,7 +61,7 @@ _pointers = (
 _strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
 _integers = (
     *("sign", "is_causal", "heads_q", "heads_kv", "seqlen_q", "seqlen_k", "head_dim", "head_dim_v"),
-    *("n_tiles", "n_blocks", "n_chunks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
+    *("n_tiles", "n_blocks", "n_chunks", "n_checks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
     *("map_m", "map_n", "map_rows", "map_columns", "by_entries"),
     *("n_row_tiles", "n_splits", "n_slots", "split", "slot"),
 )
@@ -329,8 +330,10 @@ class CupyBackend:
         arguments = call.arguments()
         # Named, so that they live until the last launch; after it, torch's allocator orders their reuse on the stream.
         flags, _maxima = self._decode(call, arguments, out, tau)
-        checks = request.batch * request.heads_kv * arguments["n_chunks"]
-        first_bad = call.empty(checks, dtype=torch.int32)
+        units = request.batch * request.heads_kv
+        # Few programs where the heads alone are many: most of them may have nothing to do.
+        n_checks = min(arguments["n_chunks"], -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // units))
+        first_bad = call.empty(units * arguments["n_chunks"], dtype=torch.int32)
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
         counts = call.empty(call.programs, dtype=torch.int32)
@@ -338,9 +341,9 @@ class CupyBackend:
             PARAMS,
             arguments
             | {"out": out, "out1": out1, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts}
-            | {"first_bad": first_bad, "by_entries": by_entries, "flags": flags},
+            | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "flags": flags},
         )
-        self._launch(_of("entmax_attn_check_keys", call.dtype), checks, CHECK_WARPS, 128, record)
+        self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record)
         programs, alpha = call.programs, call.alpha_class
         self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
         self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, alpha, config.entries)

@@ -58,7 +58,7 @@ struct Params {
   int heads_q, heads_kv;
   int seqlen_q, seqlen_k;
   int head_dim, head_dim_v;
-  int n_tiles, n_blocks, n_chunks;
+  int n_tiles, n_blocks, n_chunks, n_checks;
   int aligned_q, aligned_k, aligned_v, aligned_o;  // rows start at, and consist of, whole 16 bytes
   int map_m, map_n, map_rows, map_columns;
   int by_entries;  // whether tiles may be entry tiles

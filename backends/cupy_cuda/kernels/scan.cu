@@ -20,47 +20,49 @@ __device__ __forceinline__ float rest_of(uint4 chunk) {
 
 constexpr int CHECK_THREADS = 128;
 
-// The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. Eight threads take a row.
+// The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. Eight threads take a row; a
+// program every n_checks-th chunk of a head.
 template <class T>
 __global__ void __launch_bounds__(CHECK_THREADS) entmax_attn_check_keys(const Params params) {
   constexpr int STEP = CHECK_THREADS / 8, ROWS = KEYS_PER_CHECK / STEP;
   extern __shared__ __align__(128) unsigned char smem[];
-  const int i_chunk = blockIdx.x % params.n_chunks, i_bh = blockIdx.x / params.n_chunks;
-  const int i_b = i_bh / params.heads_kv;
+  const int i_bh = blockIdx.x / params.n_checks, i_b = i_bh / params.heads_kv;
   if (!is_asked_for(params, i_b, i_bh % params.heads_kv)) return;
   const int len_k = lengths_of(params, i_b).k;
-  const int first_row = i_chunk * KEYS_PER_CHECK + static_cast<int>(threadIdx.x) / 8;
   const T* base = head_of<T>(params.k, i_b, params.stride_kb, i_bh % params.heads_kv, params.stride_kh);
-  unsigned bad = 0;  // a bit for each of this thread's rows
-  for (int column = threadIdx.x % 8 * PER_CHUNK<T>; column < params.head_dim; column += 8 * PER_CHUNK<T>) {
-    const T* from = base + first_row * params.stride_kn + column;
-    if (params.aligned_k) {
-      uint4 chunks[ROWS];
+  for (int i_chunk = blockIdx.x % params.n_checks; i_chunk < params.n_chunks; i_chunk += params.n_checks) {
+    const int first_row = i_chunk * KEYS_PER_CHECK + static_cast<int>(threadIdx.x) / 8;
+    unsigned bad = 0;  // a bit for each of this thread's rows
+    for (int column = threadIdx.x % 8 * PER_CHUNK<T>; column < params.head_dim; column += 8 * PER_CHUNK<T>) {
+      const T* from = base + first_row * params.stride_kn + column;
+      if (params.aligned_k) {
+        uint4 chunks[ROWS];
 #pragma unroll
-      for (int i = 0; i < ROWS; i++)
-        chunks[i] = first_row + i * STEP < len_k ? *reinterpret_cast<const uint4*>(from + i * STEP * params.stride_kn)
-                                                 : uint4{0, 0, 0, 0};
+        for (int i = 0; i < ROWS; i++)
+          chunks[i] = first_row + i * STEP < len_k ? *reinterpret_cast<const uint4*>(from + i * STEP * params.stride_kn)
+                                                   : uint4{0, 0, 0, 0};
 #pragma unroll
-      for (int i = 0; i < ROWS; i++)
-        if (rest_of<T>(chunks[i]) != 0) bad |= 1u << i;
-    } else {
+        for (int i = 0; i < ROWS; i++)
+          if (rest_of<T>(chunks[i]) != 0) bad |= 1u << i;
+      } else {
 #pragma unroll 1
-      for (int i = 0; first_row + i * STEP < len_k && i < ROWS; i++)
+        for (int i = 0; first_row + i * STEP < len_k && i < ROWS; i++)
 #pragma unroll 1
-        for (int e = 0; e < PER_CHUNK<T> && column + e < params.head_dim; e++) {
-          const float x = to_float<T>(from[i * STEP * params.stride_kn + e]);
-          if (x - x != 0) bad |= 1u << i;
-        }
+          for (int e = 0; e < PER_CHUNK<T> && column + e < params.head_dim; e++) {
+            const float x = to_float<T>(from[i * STEP * params.stride_kn + e]);
+            if (x - x != 0) bad |= 1u << i;
+          }
+      }
     }
-  }
-  // Rows are few enough for a float to count them from the chunk's start.
-  float first = KEYS_PER_CHECK;
-  for (int i = ROWS - 1; i >= 0; i--)
-    if (bad >> i & 1) first = static_cast<float>(threadIdx.x / 8 + i * STEP);
-  first = -block_max<CHECK_THREADS / 32>(-first, reinterpret_cast<float*>(smem));
-  if (threadIdx.x == 0) {
-    params.first_bad[blockIdx.x] =
-        first < KEYS_PER_CHECK ? i_chunk * KEYS_PER_CHECK + static_cast<int>(first) : params.seqlen_k;
+    // Rows are few enough for a float to count them from the chunk's start.
+    float first = KEYS_PER_CHECK;
+    for (int i = ROWS - 1; i >= 0; i--)
+      if (bad >> i & 1) first = static_cast<float>(threadIdx.x / 8 + i * STEP);
+    first = -block_max<CHECK_THREADS / 32>(-first, reinterpret_cast<float*>(smem));
+    if (threadIdx.x == 0) {
+      params.first_bad[static_cast<long long>(i_bh) * params.n_chunks + i_chunk] =
+          first < KEYS_PER_CHECK ? i_chunk * KEYS_PER_CHECK + static_cast<int>(first) : params.seqlen_k;
+    }
   }
 }
 
