@@ -335,8 +335,8 @@ def test_launches_of_a_call() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "heads", "n_programs", "n_splits"),
-    # So many programs a multiprocessor at most, of 132, and no fewer than 512 keys each.
-    [((9, 0), 1, 3, 49), ((9, 0), 24, 3, 16), ((8, 6), 24, 2, 11)],
+    # So many programs a multiprocessor at most, of 132, and no fewer than 256 keys each.
+    [((9, 0), 1, 3, 98), ((9, 0), 24, 3, 16), ((8, 6), 24, 2, 11)],
 )
 def test_launches_of_few_queries(capability: tuple[int, int], heads: int, n_programs: int, n_splits: int) -> None:
     """The keys of a head are split so that all multiprocessors have work; the other kernels have the flags."""

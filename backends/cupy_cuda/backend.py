@@ -42,7 +42,7 @@ SHORT = 16  # queries, at most, that are few
 MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
 # Where keys are split: a program has so many at least, and a row so many slots at most, each with GROUPS maxima.
-KEYS_PER_SPLIT = 512
+KEYS_PER_SPLIT = 256
 SLOTS = 512
 KEYS_PER_SLOT = 128
 
@@ -365,7 +365,8 @@ class CupyBackend:
         n_row_tiles = -(-rows // config.block_m)
         units = request.batch * request.heads_kv
         products = -(-request.seqlen_k // scan.columns)
-        slot = max(-(-products // SLOTS), KEYS_PER_SLOT // scan.columns)
+        # A power of two.
+        slot = max(1 << (-(-products // SLOTS) - 1).bit_length(), KEYS_PER_SLOT // scan.columns)
         n_slots = -(-products // slot)
         wanted = scan.programs * _multiprocessors(call.q.device) // (units * n_row_tiles)
         split = max(-(-products // max(wanted, 1)), KEYS_PER_SPLIT // scan.columns)
@@ -394,6 +395,7 @@ class CupyBackend:
             _of(
                 "entmax_attn_decode_output",
                 *(call.dtype, head, call.alpha_class, scan.columns, output.columns, output.warps, output.stages),
+                output.programs,
             ),
             units * rows,
             output.warps,

@@ -219,7 +219,9 @@ def configure_decode(dtype: torch.dtype, head: int, capability: tuple[int, int],
     scan = Launch(4, keys, stages, 1)
     programs = room // (decode_memory("scan", scan, block_m, row) + 1024)
     scan = replace(scan, programs=min(max(programs, 1), 3))
-    return DecodeConfig(block_m, scan, Launch(8, 16_384 // row, 3 if capability >= (8, 0) else 1, 1))
+    batch = min((32_768 if room > 160_000 else 16_384) // row, 128)
+    stages = 1 if capability < (8, 0) else 49_152 // (batch * row) if room < 160_000 else 2
+    return DecodeConfig(block_m, scan, Launch(8, batch, stages, 3 if row == 128 and room > 160_000 else 1))
 
 
 def decode_memory(kernel: str, launch: Launch, block_m: int, row: int) -> int:

@@ -113,21 +113,24 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
       });
 }
 
-// f = sum u ** r and g = sum u ** (r - 1) over the threads, each of which has N / 4 fours of n scores at most, every
-// THREADS-th of them; z and tau are above that of `top`. `scratch` has room for two numbers per warp.
+// f = sum u ** r and g = sum u ** (r - 1) of n scores, of which a thread has every fourth of its four, or none from
+// there on; z and tau are above that of `top`. Over all threads, or, where each warp has all scores, over its own.
+// `scratch` has room for two numbers per warp.
 template <int ALPHA, int WARPS, int N>
 __device__ __forceinline__ float2 sums_of(const float (&s)[N], int n, float top, float c, float tau, float r,
-                                          float2* scratch) {
+                                          float2* scratch, bool of_warp = false) {
+  const int threads = of_warp ? 32 : 32 * WARPS;
   float2 sums{0, 0};
 #pragma unroll
   for (int i = 0; i < N; i++) {
-    if (i / 4 * 4 * 32 * WARPS >= n) break;
+    if (i / 4 * 4 * threads >= n) break;
     float p, w;
     powers<ALPHA>(fmaxf((s[i] - top) * c - tau, 0.0f), r, p, w);
     sums.x += p;
     sums.y += w;
   }
   sums = float2{warp_sum(sums.x), warp_sum(sums.y)};
+  if (of_warp) return sums;
   __syncthreads();
   if (lane_of() == 0) scratch[warp_of()] = sums;
   __syncthreads();
@@ -165,8 +168,7 @@ template <class T>
 __device__ __forceinline__ void add_chunk(float (&sums)[PER_CHUNK<T>], float p, const T* row, int column, int width,
                                           bool is_aligned) {
   if (is_aligned) {
-    if (column >= width) return;
-    const uint4 chunk = *reinterpret_cast<const uint4*>(row + column);
+    const uint4 chunk = column < width ? *reinterpret_cast<const uint4*>(row + column) : uint4{0, 0, 0, 0};
     const unsigned words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -186,8 +188,8 @@ __device__ __forceinline__ void add_chunk(float (&sums)[PER_CHUNK<T>], float p, 
 }
 
 // Init, refine and output of one row. KEYS and the slots are those of the scan; BATCH keys are gathered at once.
-template <class T, int D, int ALPHA, int KEYS, int BATCH, int WARPS, int STAGES>
-__global__ void __launch_bounds__(32 * WARPS, 1) entmax_attn_decode_output(const Params params) {
+template <class T, int D, int ALPHA, int KEYS, int BATCH, int WARPS, int STAGES, int PROGRAMS>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_output(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int IN_PRODUCT = KEYS / GROUPS;  // keys of a group
   constexpr int N_MAXIMA = SLOTS * GROUPS / THREADS, N_CANDIDATES = CANDIDATES / THREADS;
@@ -261,9 +263,9 @@ __global__ void __launch_bounds__(32 * WARPS, 1) entmax_attn_decode_output(const
   __syncthreads();
 
   // By member of the listed groups.
-  const int members = params.slot * IN_PRODUCT, n_members = listed * members;
+  const int members_bits = highest_bit(params.slot * IN_PRODUCT), n_members = listed << members_bits;
   auto key_of = [&](int member) {
-    const int j = groups[member / members], i = member % members;
+    const int j = groups[member >> members_bits], i = member & ((1 << members_bits) - 1);
     return (j / GROUPS * params.slot + i / IN_PRODUCT) * KEYS + j % GROUPS / 4 * (KEYS / SCAN_WARPS) +
            i % IN_PRODUCT / 2 * 8 + j % 4 * 2 + i % 2;
   };
@@ -308,14 +310,16 @@ __global__ void __launch_bounds__(32 * WARPS, 1) entmax_attn_decode_output(const
     __syncthreads();
   }
 
+  // Then without barriers.
+  const bool are_few = count <= 32 * N_CANDIDATES;
   float candidates[N_CANDIDATES];
 #pragma unroll
   for (int i = 0; i < N_CANDIDATES; i++) {
-    const int at = i * THREADS + static_cast<int>(threadIdx.x);
+    const int at = are_few ? i * 32 + lane_of() : i * THREADS + static_cast<int>(threadIdx.x);
     candidates[i] = at < count ? found[at] : -infinity();
   }
   for (int step = 0; step < MAX_ROW_STEPS; step++) {
-    const float2 sums = sums_of<ALPHA, WARPS>(candidates, count, top, c, tau, r, scratch2);
+    const float2 sums = sums_of<ALPHA, WARPS>(candidates, count, top, c, tau, r, scratch2, are_few);
     const float change = newton_step<ALPHA>(sums.x, sums.y, r);
     // Below the rounding of u it is noise.
     if (!(fabsf(change) > 1.2e-7f)) break;
@@ -326,14 +330,22 @@ __global__ void __launch_bounds__(32 * WARPS, 1) entmax_attn_decode_output(const
   constexpr int PARTS = CHUNKS<T, D> / LANES;
   float sums[PARTS][PER_CHUNK<T>] = {};
   const int column = lane_of() % LANES * PER_CHUNK<T>;
-  for (int i = threadIdx.x / LANES; i < count; i += THREADS / LANES) {
-    float p, w;
-    powers<ALPHA>(fmaxf((found[i] - top) * c - tau, 0.0f), r, p, w);
-    if (p == 0) continue;
-    const T* from = v + keys[i] * params.stride_vn;
+  auto add_rows = [&](bool is_aligned) {
+#pragma unroll 4
+    for (int i = threadIdx.x / LANES; i < count; i += THREADS / LANES) {
+      float p, w;
+      powers<ALPHA>(fmaxf((found[i] - top) * c - tau, 0.0f), r, p, w);
+      const T* from = v + keys[i] * params.stride_vn;
 #pragma unroll
-    for (int part = 0; part < PARTS; part++)
-      add_chunk<T>(sums[part], p, from, column + part * LANES * PER_CHUNK<T>, params.head_dim_v, params.aligned_v);
+      for (int part = 0; part < PARTS; part++)
+        add_chunk<T>(sums[part], p, from, column + part * LANES * PER_CHUNK<T>, p > 0 ? params.head_dim_v : 0,
+                     is_aligned);
+    }
+  };
+  if (params.aligned_v) {
+    add_rows(true);
+  } else {
+    add_rows(false);
   }
   float* shared_sums = reinterpret_cast<float*>(k_tiles) + warp_of() * D;
 #pragma unroll
