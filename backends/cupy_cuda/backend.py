@@ -215,7 +215,8 @@ class CupyBackend:
 
     The stages and what they leave behind are those of the Triton backend. Extra memory beyond the results: a byte and a
     list entry per tile of queries and block of keys, out1 (of out's shape, float32) for backward, and on Hopper as much
-    again during it. No call waits for the device once its kernels are compiled.
+    again during it; with few queries over many keys also 32 KiB, at most, for each query and head. No call waits for
+    the device once its kernels are compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or

@@ -211,17 +211,20 @@ def configure_decode(dtype: torch.dtype, head: int, capability: tuple[int, int],
         rows: queries that share keys.
     """
     room = SHARED_MEMORY[_nearest(capability)]
+    has_room = room > 160_000
     row = head * dtype.itemsize
-    block_m = next(size for size in (16, 32, 64) if size == 64 or size >= rows or size * row > 16_384)
-    ring = 65_536 if room > 160_000 else 32_768
+    # With up to 32 KiB of queries.
+    block_m = next(size for size in (16, 32, 64) if size >= min(rows, 64, 32_768 // row))
+    # Pieces of 16 KiB, several of them under way, keep the memory busy.
     keys = min(max(16_384 // row, 64 if dtype.itemsize == 2 else 32), 128)
-    stages = max(ring // (keys * row), 2)
-    scan = Launch(4, keys, stages, 1)
+    scan = Launch(4, keys, max((65_536 if has_room else 32_768) // (keys * row), 2), 1)
     programs = room // (decode_memory("scan", scan, block_m, row) + 1024)
     scan = replace(scan, programs=min(max(programs, 1), 3))
-    batch = min((32_768 if room > 160_000 else 16_384) // row, 128)
-    stages = 1 if capability < (8, 0) else 49_152 // (batch * row) if room < 160_000 else 2
-    return DecodeConfig(block_m, scan, Launch(8, batch, stages, 3 if row == 128 and room > 160_000 else 1))
+    batch = min((32_768 if has_room else 16_384) // row, 128)
+    stages = 1 if capability < (8, 0) else 2 if has_room else 3
+    # For capability 10.0 the compiler would spill registers.
+    programs = 3 if row == 128 and has_room and capability < (10, 0) else 1
+    return DecodeConfig(block_m, scan, Launch(8, batch, stages, programs))
 
 
 def decode_memory(kernel: str, launch: Launch, block_m: int, row: int) -> int:

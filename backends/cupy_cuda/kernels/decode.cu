@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
   float* maxima = params.maxima + (static_cast<long long>(i_unit) * n_rows + first_row) * row_maxima;
   if (i_split == 0 && i_tile == 0 && threadIdx.x == 0) params.flags[i_unit] = 0;
 
-  const int everyone = keys_seen(0, lengths, params.is_causal), anyone = keys_seen(lengths.q - 1, lengths, params.is_causal);
-  const int begin = i_split * params.split;
-  const int n = lengths.q == 0 ? 0 : min(params.split, (anyone + KEYS - 1) / KEYS - begin);
+  const int everyone = keys_seen(0, lengths, params.is_causal);
+  const int anyone = lengths.q > 0 ? keys_seen(lengths.q - 1, lengths, params.is_causal) : 0;
+  const int begin = i_split * params.split, n = min(params.split, (anyone + KEYS - 1) / KEYS - begin);
   int seen[R];
   float largest[R], rest[R];
 #pragma unroll
@@ -94,18 +94,19 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
 #pragma unroll
         for (int row = 0; row < R; row++)
 #pragma unroll
-          for (int n = 0; n < N; n++)
+          for (int column = 0; column < N; column++)
 #pragma unroll
             for (int e = 0; e < 2; e++) {
-              const float x = s[row / 2][n][row % 2 * 2 + e] * params.sign;
-              if (is_masked && first + column_of(n, e) >= seen[row]) continue;
+              const float x = s[row / 2][column][row % 2 * 2 + e] * params.sign;
+              if (is_masked && first + column_of(column, e) >= seen[row]) continue;
               largest[row] = fmaxf(largest[row], x);
               rest[row] += x - x;
             }
         if (j % params.slot != params.slot - 1 && i != n - 1) return;
 #pragma unroll
         for (int row = 0; row < R; row++) {
-          const int of_tile = row * 8 + lane_of() / 4, at = j / params.slot * GROUPS + warp_of() * 4 + lane_of() % 4;
+          const int of_tile = row * 8 + lane_of() / 4;
+          const int at = j / params.slot * GROUPS + warp_of() * 4 + lane_of() % 4;
           if (first_row + of_tile < n_rows) maxima[of_tile * row_maxima + at] = largest[row] + rest[row];
           largest[row] = -infinity();
           rest[row] = 0;
@@ -113,8 +114,8 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
       });
 }
 
-// f = sum u ** r and g = sum u ** (r - 1) of n scores, of which a thread has every fourth of its four, or none from
-// there on; z and tau are above that of `top`. Over all threads, or, where each warp has all scores, over its own.
+// f = sum u ** r and g = sum u ** (r - 1) of n scores, their z and tau above that of `top`. Of the scores every thread
+// has a part, or, with of_warp, every lane of each warp: fours that count up to the n-th score, and -inf behind it.
 // `scratch` has room for two numbers per warp.
 template <int ALPHA, int WARPS, int N>
 __device__ __forceinline__ float2 sums_of(const float (&s)[N], int n, float top, float c, float tau, float r,
@@ -232,7 +233,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_outpu
   const float top = block_max<WARPS>(largest, scratch);
   const bool is_bad = block_max<WARPS>(rest, scratch) > 0;
   if (is_bad || seen == 0) {
-    for (int d = threadIdx.x; d < params.head_dim_v; d += THREADS) out[d] = from_float<T>(is_bad ? not_a_number() : 0.0f);
+    const float value = is_bad ? not_a_number() : 0.0f;
+    for (int d = threadIdx.x; d < params.head_dim_v; d += THREADS) out[d] = from_float<T>(value);
     if (threadIdx.x == 0) params.tau[row] = is_bad ? not_a_number() : infinity();
     cp_async_wait<0>();
     return;
@@ -276,8 +278,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_outpu
         (n + BATCH - 1) / BATCH,
         [&](int i, int stage) {
           gather_tile<T, D, BATCH, THREADS>(k_tiles + stage * BATCH * D, k, params.head_dim, params.aligned_k,
-                                            [&](int place) {
-                                              const int member = first + i * BATCH + place;
+                                            [&](int i_key) {
+                                              const int member = first + i * BATCH + i_key;
                                               const int key = member < n_members ? key_of(member) : seen;
                                               return key < seen ? k + key * params.stride_kn : nullptr;
                                             });
