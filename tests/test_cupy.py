@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
+import shutil
 import sys
 import types
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -256,7 +258,8 @@ def test_configurations_fit_the_devices() -> None:
             for name in ("scan", "output"):
                 memory = decode_memory(name, getattr(few, name), few.block_m, head * dtype.itemsize)
                 assert memory <= SHARED_MEMORY[capability]
-        assert not config.entries or (dtype != FLOAT and config.dkv.wgmma)
+        has_room = capability in ((8, 0), (8, 7), (9, 0), (10, 0))
+        assert config.entries == (dtype != FLOAT and head <= 128 and has_room)
         for name in ("dq_entries", "dkv_entries"):
             assert not config.entries or shared_memory(config, name, dtype) <= SHARED_MEMORY[capability]
     # A newer device gets what the nearest older one has.
@@ -309,10 +312,12 @@ def test_launches_of_a_call() -> None:
     assert scan.grid == refine.grid == dq_entries.grid == (2 * 6 * tiles, 1, 1)
     assert output.grid == (2 * 6 * tiles * config.parts("output"), 1, 1)
     assert dq.grid == (2 * 6 * tiles * config.parts("dq"), 1, 1)
-    assert dkv_entries.grid == dkv.grid == (2 * 3 * blocks, 1, 1)
+    assert dkv.grid == (2 * 3 * blocks, 1, 1)
+    assert dkv_entries.grid == (2 * 2 * 3 * blocks, 1, 1)
     names = ("scan", "refine", "output", "dq", "dq_entries", "dkv", "dkv_entries")
     for name, launch in zip(names, recorder.launches[1:], strict=True):
-        assert launch.block == (32 * (ENTRY_WARPS if "entries" in name else getattr(config, name).warps), 1, 1)
+        warps = ENTRY_WARPS[name] if name in ENTRY_WARPS else getattr(config, name).warps
+        assert launch.block == (32 * warps, 1, 1)
         assert launch.shared_bytes == shared_memory(config, name, BF16)
         for tensor in ("q", "k", "v"):
             given = getattr(request, tensor)
@@ -800,6 +805,31 @@ def test_no_access_out_of_bounds_and_no_race_in_decoding(case: Case) -> None:
     assert_attention(CupyBackend(launcher=emulator_of(2, is_checked=True), capability=HOPPER), request)
 
 
+TURNS = """
+#include "common.cuh"
+__global__ void turns(const Params params, int* found) {
+  const Turn turn = turn_of(params, blockIdx.x, gridDim.x, params.n_tiles);
+  found[2 * blockIdx.x] = turn.i_bh;
+  found[2 * blockIdx.x + 1] = turn.i;
+}
+"""
+
+
+@emulated
+@pytest.mark.parametrize(("seqlen_k", "together"), [(0, 7), (8192, 7), (40_000, 3), (300_000, 1)])
+def test_order_of_programs(tmp_path: Path, seqlen_k: int, together: int) -> None:
+    """The first tiles of as many heads as have their keys in the cache, then their second ones: each tile once."""
+    shutil.copytree(launcher.KERNELS, tmp_path / "kernels")
+    (tmp_path / "kernels" / "turns.cu").write_text(TURNS)
+    heads, n_tiles = 7, 5
+    found = torch.full((heads * n_tiles, 2), -1, dtype=torch.int32)
+    params = backend._record(backend.PARAMS, {"seqlen_k": seqlen_k, "head_dim": 64, "n_tiles": n_tiles})
+    emulated_launcher = EmulatedLauncher(tmp_path / "kernels")
+    emulated_launcher.launch("turns.cu", "turns", (heads * n_tiles, 1, 1), (1, 1, 1), 0, [params, found])
+    sections = [range(first, min(first + together, heads)) for first in range(0, heads, together)]
+    assert found.tolist() == [[i_bh, i] for section in sections for i in range(n_tiles) for i_bh in section]
+
+
 # ---- entries
 
 ENTRY_TILE = 4  # of `live`, where it speaks of a tile's first block
@@ -807,7 +837,7 @@ ENTRY_TILE = 4  # of `live`, where it speaks of a tile's first block
 # How many tiles are entry tiles; they have up to 2,935 entries, a block of one head up to 1,661.
 BY_ENTRIES = [
     ("all", Case(150, 2000, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
-    ("some", Case(200, 900, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+    ("some", Case(200, 500, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
     ("all", Case(150, 900, batch=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True, gain=2)),
     ("all", Case(290, 700, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced", gain=0.5)),
     ("all", Case(300, 1000, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=3)),
@@ -833,10 +863,13 @@ def are_entry_tiles(whole: CupyBackend, request: AttentionRequest) -> torch.Tens
 
 @emulated
 @pytest.mark.slow
-@pytest.mark.parametrize(("share", "case"), BY_ENTRIES, ids=[f"{i}-{share}" for i, (share, _) in enumerate(BY_ENTRIES)])
-def test_attention_by_entries(emulator: EmulatedLauncher, share: str, case: Case) -> None:
+@pytest.mark.parametrize(
+    ("capability", "i"), [(HOPPER, i) for i in range(len(BY_ENTRIES))] + [((8, 0), i) for i in (1, 6, 8)], ids=str
+)
+def test_attention_by_entries(emulator: EmulatedLauncher, capability: tuple[int, int], i: int) -> None:
+    share, case = BY_ENTRIES[i]
     request, dout = case.build(CPU)
-    whole = CupyBackend(launcher=emulator, capability=HOPPER)
+    whole = CupyBackend(launcher=emulator, capability=capability)
     assert_attention(whole, request, dout)
     by_entries = are_entry_tiles(whole, request)
     assert share == ("all" if by_entries.all() else "some" if by_entries.any() else "none")

@@ -307,9 +307,10 @@ class CupyBackend:
 
     def _launch_entries(self, call: _Call, kernel: str, programs: int, record: np.void, *values: Any) -> None:
         config = call.config
-        sizes = (config.block_m, config.block_n, ENTRY_WARPS)
+        warps = ENTRY_WARPS[kernel]
+        sizes = (config.block_m, config.block_n, warps)
         name = _of(f"entmax_attn_bwd_{kernel}", call.dtype, config.head, *values, *sizes)
-        self._launch(name, programs, ENTRY_WARPS, shared_memory(config, kernel, call.q.dtype), record)
+        self._launch(name, programs, warps, shared_memory(config, kernel, call.q.dtype), record)
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(self, request)
@@ -437,7 +438,7 @@ class CupyBackend:
             blocks = request.batch * request.heads_kv * call.n_blocks
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
             if call.has_entries:
-                self._launch_entries(call, "dkv_entries", blocks, record)
+                self._launch_entries(call, "dkv_entries", 2 * blocks, record)  # dk's and dv's
         summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
         return AttentionGrads(dq, dk, dv, in_dtype_of(request.alpha_heads, summed))
 

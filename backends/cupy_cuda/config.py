@@ -55,7 +55,7 @@ LANE_ENTRIES = {64: 52, 128: 42}  # above the bound of tau that a lane has room 
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
 ENTRIES = 6144
 ENTRY_BLOCKS = 2048
-ENTRY_WARPS = 8
+ENTRY_WARPS = {"dq_entries": 8, "dkv_entries": 4}
 TAKEN = 1024
 WEIGHTS = 640
 
@@ -163,9 +163,9 @@ def _fits(config: Config, dtype: torch.dtype, room: int) -> bool:
 def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     """Bytes of shared memory that a program of the kernel takes, as the kernel lays it out."""
     if kernel == "dq_entries":
-        return SCRATCH + ENTRIES * 10 + ENTRY_WARPS * (ENTRY_BLOCKS + WEIGHTS) * 2
+        return SCRATCH + ENTRIES * 10 + ENTRY_WARPS[kernel] * (ENTRY_BLOCKS + WEIGHTS) * 2
     if kernel == "dkv_entries":
-        return SCRATCH + TAKEN * 8 + ENTRY_WARPS * (32 * 8 + (TAKEN + WEIGHTS) * 2)
+        return SCRATCH + TAKEN * 8 + ENTRY_WARPS[kernel] * (32 * 8 + (TAKEN + WEIGHTS) * 2)
     launch: Launch = getattr(config, kernel)
     row, row_v = config.head * dtype.itemsize, config.head_v * dtype.itemsize
     tile, block = config.block_m * row, config.block_n * row
@@ -247,11 +247,11 @@ def _config(
 # The first that fits is taken.
 _HALF = {
     64: [
-        _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (4, 16, 2, 3), (4, 32, 2, 2), refine=(8, 16, 2, 2)),
+        _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (4, 16, 2, 3), (4, 32, 2, 2), refine=(8, 64, 2, 1)),
         _config((64, 64, 64, 64), (4, 64, 2, 2), (4, 32, 2, 1), (4, 32, 1, 1), (4, 32, 2, 1)),
     ],
     128: [
-        _config((128, 128, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 32, 2, 1), (4, 16, 2, 1)),
+        _config((128, 128, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 32, 2, 1), (4, 16, 2, 1), refine=(8, 64, 2, 1)),
         _config((128, 128, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (4, 32, 1, 1), (4, 16, 2, 1)),
         _config((128, 128, 64, 32), (4, 32, 2, 2), (4, 16, 1, 1), (4, 32, 1, 1), (2, 16, 1, 1)),
     ],

@@ -445,6 +445,20 @@ __device__ __forceinline__ int compact(bool is_kept, int& count, int* scratch) {
   return place;
 }
 
+// The list without the entries i that are not kept; how many are.
+template <int WARPS, class IsKept>
+__device__ __forceinline__ int shorten(int* list, int count, int* scratch, IsKept&& is_kept) {
+  int n_kept = 0;
+  for (int first = 0; first < count; first += 32 * WARPS) {
+    const int i = first + static_cast<int>(threadIdx.x);
+    const int entry = i < count ? list[i] : 0;
+    const bool keeps = i < count && is_kept(i);
+    const int at = compact<WARPS>(keeps, n_kept, scratch);
+    if (keeps) list[at] = entry;
+  }
+  return n_kept;
+}
+
 __device__ __forceinline__ bool bit_of(const unsigned* words, int i) { return words[i / WORD] >> (i % WORD) & 1; }
 
 // Sets a bit if any thread of the warp asks for it.

@@ -131,12 +131,12 @@ struct alignas(8) Taken {
 
 constexpr int TAKEN = 1024;  // at once
 
-// What entry tiles add to dk and dv of one block of keys; where other tiles are live too, to the results of dkv. Half
-// of the warps have dk of 16 keys each, half dv, and take the entries of their own keys in the order of the tiles.
+// What entry tiles add to dk, or every other program to dv, of one block of keys; where other tiles are live too, to the
+// results of dkv. A warp has 16 keys, and takes their entries in the order of the tiles.
 template <class T, int D, int BLOCK_M, int BLOCK_N, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dkv_entries(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dkv_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
-  constexpr int KEYS = 2 * BLOCK_N / WARPS;
+  constexpr int KEYS = BLOCK_N / WARPS;
   static_assert(KEYS == 16);
   extern __shared__ __align__(128) unsigned char smem[];
   int* scratch = reinterpret_cast<int*>(smem);
@@ -146,11 +146,10 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
   unsigned short* own = reinterpret_cast<unsigned short*>(offsets + THREADS) + warp_of() * TAKEN;
   T* weights = reinterpret_cast<T*>(offsets + THREADS) + WARPS * TAKEN + warp_of() * WEIGHTS;
 
-  const KeyBlock block = key_block(params);
+  const KeyBlock block = key_block<2>(params);
   const int bits = live_bits<WARPS>(params, block, scratch);
   if (!(bits & HAS_ENTRIES)) return;
-  const bool is_dv = warp_of() >= WARPS / 2;
-  const int keys = warp_of() % (WARPS / 2);  // which 16 of the block
+  const bool is_dv = blockIdx.x % 2;
 
   RowSums<D> sums = {};
   clear_weights(weights);
@@ -195,7 +194,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
         __syncthreads();
         int n_own = 0;
         for (int i = lane_of(); i - lane_of() < size; i += 32) {
-          const bool is_own = i < size && taken[i].code % BLOCK_N / KEYS == keys;
+          const bool is_own = i < size && taken[i].code % BLOCK_N / KEYS == warp_of();
           const unsigned lanes = ballot(is_own);
           if (is_own) own[n_own + popcount(lanes & lanes_before())] = static_cast<unsigned short>(i);
           n_own += popcount(lanes);
@@ -212,7 +211,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 1 : 2) entmax_attn_bwd_dk
     }
   }
 
-  const int first_key = block.j * BLOCK_N + keys * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
+  const int first_key = block.j * BLOCK_N + warp_of() * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
   const long long first_row = (static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv) * params.seqlen_k;
   store_sums<T, D>(static_cast<T*>(is_dv ? params.dv : params.dk) + (first_row + first_key) * width, sums,
                    is_dv ? 1.0f : params.scale * params.sign, width, width, params.seqlen_k - first_key, bits & LIVE);

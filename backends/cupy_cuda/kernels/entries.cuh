@@ -343,9 +343,11 @@ struct KeyBlock {
   Lengths lengths;
 };
 
+// With PARTS, so many programs share a block.
+template <int PARTS = 1>
 __device__ __forceinline__ KeyBlock key_block(const Params& params) {
   KeyBlock block;
-  const Turn turn = turn_of(params, blockIdx.x, gridDim.x, params.n_blocks);
+  const Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_blocks);
   block.j = turn.i;
   block.i_b = turn.i_bh / params.heads_kv;
   block.i_kv = turn.i_bh % params.heads_kv;

@@ -239,11 +239,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
   constexpr int RING = STAGES * BLOCK_N * D;
-  static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (WGMMA && M == 1)));
+  static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   // Queries that went to registers leave their place to the keys.
-  T* k_tiles = WGMMA ? q_tile : q_tile + BLOCK_M * D;
+  constexpr int BEFORE_KEYS = WGMMA ? 0 : BLOCK_M * D;
+  T* k_tiles = q_tile + BEFORE_KEYS;
   float* scratch = reinterpret_cast<float*>(k_tiles + (WGMMA && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
   const QueryTile tile = query_tile<BLOCK_M>(params);
@@ -256,16 +257,19 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const int n_whole = tile.everyone / BLOCK_N;
 
   Fragments<T, D, M> fragments;
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
-  apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-  if constexpr (WGMMA) {
-    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+  auto load_queries = [&]() {
+    load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
+                                      params.aligned_q);
+    cp_async_commit();
+    cp_async_wait<0>();
     __syncthreads();
-  }
+    apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
+    if constexpr (WGMMA) {
+      load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+      __syncthreads();
+    }
+  };
+  load_queries();
   if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
 
   // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
@@ -287,19 +291,18 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
                                       params.stride_kn, params.head_dim, params.aligned_k);
   };
-  auto mask = [&](float(&s)[M][N][4], int j, int first) {
-    if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
-  };
-  auto shorten_list = [&](auto&& is_kept) {
-    int n_kept = 0;
-    for (int first = 0; first < count; first += THREADS) {
-      const int i = first + static_cast<int>(threadIdx.x);
-      const int j = i < count ? list[i] : 0;
-      const bool keeps = i < count && is_kept(i);
-      const int at = compact<WARPS>(keeps, n_kept, reinterpret_cast<int*>(scratch));
-      if (keeps) list[at] = j;
+  // With the i-th of the listed blocks, from its key `first` on.
+  auto form_scores = [&](float(&s)[M][N][4], int i, int stage, int first) {
+    const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
+    if constexpr (WGMMA) {
+      begin_scores<T, D, N>(s, fragments, keys);
+      finish<0>(s);
+    } else {
+      clear(s);
+      scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
     }
-    count = n_kept;
+    if (list[i] >= n_whole)
+      mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
   };
   auto store_results = [&](const float(&end)[R]) {
 #pragma unroll
@@ -311,7 +314,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   };
   if constexpr (ENTRIES) {
     constexpr int ROOM = D > 64 ? 42 : 52;  // of a lane
-    static_assert(CAPACITY<BLOCK_M, D> * 6 <= RING * static_cast<int>(sizeof(T)));
+    // Where queries and keys were.
+    static_assert(CAPACITY<BLOCK_M, D> * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
     LaneEntries entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS * ROOM), ROOM);
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
     int n_steps = params.by_entries && !has_bad ? count : 0;
@@ -320,16 +324,17 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     for (int i = 0; i < R; i++) bound[i] = tau[i] / c * (tau[i] > 0 ? 1 - 1e-6f : 1 + 1e-6f);
     if (threadIdx.x < 4) has_many[threadIdx.x] = 0;
     __syncthreads();
-    pipeline<STAGES, true>(n_steps, load_keys, [&](int i, int stage) {
-      float s[M][N][4];
-      begin_scores<T, D, N>(s, fragments, k_tiles + stage * BLOCK_N * D);
-      finish<0>(s);
-      mask(s, list[i], 0);
+    pipeline<STAGES, WGMMA>(n_steps, load_keys, [&](int i, int stage) {
+#pragma unroll 1
+      for (int first = 0; first < BLOCK_N; first += KEYS) {
+        float s[M][N][4];
+        form_scores(s, i, stage, first);
 #pragma unroll
-      for (int column = 0; column < N; column++) {
-        const float(&x)[4] = s[0][column];
-        if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
-          entries.add(x, bound, i << LaneEntries::COLUMN_BITS | column << 1);
+        for (int column = 0; column < N; column++) {
+          const float(&x)[4] = s[0][column];
+          if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
+            entries.add(x, bound, i << LaneEntries::COLUMN_BITS | (first / 8 + column) << 1);
+        }
       }
       bool is_much = entries.is_full();
       // If it goes on like this, the warp's lists will be full.
@@ -347,10 +352,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
         attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
-                                                                k_tiles, r);
+                                                                q_tile, r);
         return;
       }
-      unsigned char* has_support = reinterpret_cast<unsigned char*>(k_tiles);
+      unsigned char* has_support = reinterpret_cast<unsigned char*>(q_tile);
       fill<THREADS, unsigned char>(has_support, count, 0);
       __syncthreads();
 #pragma unroll
@@ -358,10 +363,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         for (int i = 0; i < places.size[row]; i++)
           has_support[entries.codes[entries.place(row, i)] >> LaneEntries::COLUMN_BITS] = 1;
       __syncthreads();
-      shorten_list([&](int i) { return has_support[i] != 0; });
+      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return has_support[i] != 0; });
       store_results(end);
       return;
     }
+    if (WGMMA && !has_all) load_queries();  // again, too
   }
 
   const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
@@ -380,22 +386,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
         float s[M][N][4];
-        const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
-        if constexpr (WGMMA) {
-          begin_scores<T, D, N>(s, fragments, keys);
-          finish<0>(s);
-        } else {
-          clear(s);
-          scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-        }
-        mask(s, list[i], first);
+        form_scores(s, i, stage, first);
         has_support |= add_weights<ALPHA>(f, g, s, tau, c, r);
       }
       mark(words, i, has_support);
     });
     quad_sums(f, g);
     if (step == 0 && !has_bad) {
-      shorten_list([&](int i) { return bit_of(words, i); });
+      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return bit_of(words, i); });
       __syncthreads();
     }
     float relative = 0;
