@@ -329,6 +329,11 @@ __device__ __forceinline__ int warp_of() { return threadIdx.x / 32; }
 
 __device__ __forceinline__ unsigned lanes_before() { return (1u << lane_of()) - 1; }
 
+// A bit for each lane of this one's quad.
+__device__ __forceinline__ unsigned bits_of_quad(bool predicate) { return ballot(predicate) >> lane_of() / 4 * 4 & 15; }
+
+__device__ __forceinline__ unsigned lanes_before_in_quad() { return (1u << lane_of() % 4) - 1; }
+
 __device__ __forceinline__ float quad_sum(float value) {
   value += shfl_xor(value, 1);
   return value + shfl_xor(value, 2);

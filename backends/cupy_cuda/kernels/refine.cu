@@ -9,67 +9,73 @@ constexpr int MAX_STEPS = 16;
 template <int D>
 constexpr int ENTRIES_PER_BLOCK = D <= 64 ? 192 : 96;
 
-// The scores above the bound of tau that a lane has met, in order of the keys: those of its first row from place 0 on,
-// those of its second row from the last place back.
-struct LaneEntries {
-  static constexpr int COLUMN_BITS = 4;
+// The scores above the bound of tau that a row has met, in order of the keys. The two rows of a quad share ROOM places:
+// those of its first row are filled from the first place on, those of its second row from the last place back.
+template <int ROOM>
+struct RowEntries {
+  static constexpr int MOST = 16;  // of a column tile
 
-  float* scores;          // u later
-  unsigned short* codes;  // which of the listed blocks, column tile and column
-  int first, end;         // of this lane's places, each 32 from the next one
-  int low, high;          // between them all is free
+  float* scores;
+  int* keys;
+  int first, low, high;  // between low and high all is free
 
-  __device__ __forceinline__ LaneEntries(float* scores, unsigned short* codes, int room)
-      : scores(scores), codes(codes), first(warp_of() * 32 * room + lane_of()), end(first + 32 * room), low(first),
-        high(end) {}
+  __device__ __forceinline__ explicit RowEntries(float* room)
+      : scores(room + warp_of() * 8 * ROOM), keys(reinterpret_cast<int*>(scores + blockDim.x / 4 * ROOM)),
+        first(lane_of() / 4 * ROOM), low(first), high(first + ROOM) {}
 
-  __device__ __forceinline__ int count(int row) const { return (row == 0 ? low - first : end - high) / 32; }
+  __device__ __forceinline__ int count(int row) const { return row == 0 ? low - first : first + ROOM - high; }
   __device__ __forceinline__ int count() const { return count(0) + count(1); }
-  __device__ __forceinline__ int place(int row, int i) const { return row == 0 ? first + 32 * i : end - 32 * (i + 1); }
+  __device__ __forceinline__ int place(int row, int i) const { return row == 0 ? first + i : first + ROOM - 1 - i; }
+  __device__ __forceinline__ float u_of(int row, int i, float c, float tau) const {
+    return i < count(row) ? scores[place(row, i)] * c - tau : 0.0f;
+  }
 
   // Then it takes no more.
-  __device__ __forceinline__ bool is_full() const { return low + 4 * 32 > high; }
+  __device__ __forceinline__ bool is_full() const { return low + MOST > high; }
 
-  // Of columns 2 (lane % 4) and the next one of a column tile.
-  __device__ __forceinline__ void add(const float (&s)[4], const float (&bound)[2], int code) {
-    const float of_first = is_full() ? infinity() : bound[0], of_second = is_full() ? infinity() : bound[1];
+  // Of a column tile: those of this lane are of `key` and the next one.
+  __device__ __forceinline__ void add(const float (&s)[4], const float (&bound)[2], int key) {
+    const bool takes = !is_full();
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      if (s[e] > of_first) {
-        scores[low] = s[e];
-        codes[low] = static_cast<unsigned short>(code + e);
-        low += 32;
-      }
-      if (s[2 + e] > of_second) {
-        high -= 32;
-        scores[high] = s[2 + e];
-        codes[high] = static_cast<unsigned short>(code + e);
+    for (int row = 0; row < 2; row++) {
+      const bool is_above[2] = {takes && s[2 * row] > bound[row], takes && s[2 * row + 1] > bound[row]};
+      const unsigned of_quad = bits_of_quad(is_above[0]) | bits_of_quad(is_above[1]) << 4;
+      int i = count(row) + popcount(of_quad & lanes_before_in_quad() * 0x11);
+#pragma unroll
+      for (int e = 0; e < 2; e++)
+        if (is_above[e]) {
+          scores[place(row, i)] = s[2 * row + e];
+          keys[place(row, i)] = key + e;
+          i++;
+        }
+      if (row == 0) {
+        low += popcount(of_quad);
+      } else {
+        high -= popcount(of_quad);
       }
     }
   }
 };
 
-// Of a lane's rows: how many entries with u > 0 it has of each, and where those of the row go; n in all of the warp,
-// that begin at `begin` among the tile's `total`.
+// Where the entries with u > 0 of a lane's rows go; n in all of the warp, that begin at `begin` among the tile's `total`.
 struct EntryPlaces {
-  int size[2], start[2];
+  int start[2];
   int n, begin, total;
 };
 
-// Raises tau to its end, and leaves u of the support alone in the lists.
-template <int ALPHA, int WARPS>
-__device__ __forceinline__ EntryPlaces solve_by_entries(LaneEntries& entries, float (&tau)[2], float c, float r,
-                                                        int* scratch) {
+// Raises tau to its end.
+template <int ALPHA, int WARPS, int ROOM>
+__device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& entries, float (&tau)[2], float c,
+                                                        float r, int* scratch) {
   const int longest = max(entries.count(0), entries.count(1));
   for (int step = 0; step < MAX_STEPS; step++) {
     float f[2] = {}, g[2] = {}, largest = 0;
 #pragma unroll 4
-    for (int i = 0; i < longest; i++)
+    for (int i = lane_of() % 4; i < longest; i += 4)
 #pragma unroll
       for (int row = 0; row < 2; row++) {
-        const float u = i < entries.count(row) ? entries.scores[entries.place(row, i)] * c - tau[row] : 0.0f;
         float p, w;
-        powers<ALPHA>(fmaxf(u, 0.0f), r, p, w);
+        powers<ALPHA>(fmaxf(entries.u_of(row, i, c, tau[row]), 0.0f), r, p, w);
         f[row] += p;
         g[row] += w;
       }
@@ -86,18 +92,10 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(LaneEntries& entries, fl
 
   EntryPlaces places{};
 #pragma unroll
-  for (int row = 0; row < 2; row++)
-    for (int i = 0; i < entries.count(row); i++) {
-      const int place = entries.place(row, i), to = entries.place(row, places.size[row]);
-      const float u = entries.scores[place] * c - tau[row];
-      if (!(u > 0)) continue;
-      entries.scores[to] = u;
-      entries.codes[to] = entries.codes[place];
-      places.size[row]++;
-    }
-#pragma unroll
   for (int row = 0; row < 2; row++) {
-    int sum = places.size[row] + shfl_xor(places.size[row], 1);
+    int sum = 0;
+    for (int i = lane_of() % 4; i < entries.count(row); i += 4) sum += entries.u_of(row, i, c, tau[row]) > 0;
+    sum += shfl_xor(sum, 1);
     sum += shfl_xor(sum, 2);
     places.start[row] = places.n - sum;
 #pragma unroll
@@ -119,43 +117,32 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(LaneEntries& entries, fl
 }
 
 // out of a tile, and what backward needs. `staged` has room for the entries in shared memory.
-template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int WARPS>
+template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int WARPS, int ROOM>
 __device__ __forceinline__ void attend_by_entries(const Params& params, const QueryTile& tile,
-                                                  const LaneEntries& entries, const EntryPlaces& places,
-                                                  const EntryList& saved, const int* list, const float (&tau)[2],
-                                                  void* staged, float r) {
+                                                  const RowEntries<ROOM>& entries, const EntryPlaces& places,
+                                                  const EntryList& saved, const float (&tau)[2], void* staged, float c,
+                                                  float r) {
   constexpr int ROWS = BLOCK_M / WARPS;
   constexpr int ROW_BITS = 4;
   static_assert(ROWS == 1 << ROW_BITS);
   const int first_row = warp_of() * ROWS, first_query = tile.first + first_row;
 
-  // By row, with keys in order: the four lanes of a row know where theirs go by how many keys of the others are before.
   unsigned* keys = reinterpret_cast<unsigned*>(staged) + places.begin;
   unsigned short* us =
       reinterpret_cast<unsigned short*>(reinterpret_cast<unsigned*>(staged) + saved.capacity) + places.begin;
 #pragma unroll
   for (int row = 0; row < 2; row++) {
-    int sizes[4], before[4] = {};
-#pragma unroll
-    for (int other = 1; other < 4; other++) sizes[other] = shfl_xor(places.size[row], other);
-    syncwarp();
-    for (int i = 0; i < places.size[row]; i++) {
-      const int place = entries.place(row, i);
-      const unsigned code = entries.codes[place];
-      int to = places.start[row] + i;
-#pragma unroll
-      for (int other = 1; other < 4; other++) {
-        const int lane = lane_of() ^ other;
-        const unsigned end = code / 2 + (lane < lane_of());
-        while (before[other] < sizes[other] &&
-               entries.codes[entries.place(row, before[other]) + lane - lane_of()] / 2 < end)
-          before[other]++;
-        to += before[other];
+    int to = places.start[row];
+    for (int first = 0; any_sync(first < entries.count(row)); first += 4) {
+      const int i = first + lane_of() % 4;
+      const float u = entries.u_of(row, i, c, tau[row]);
+      const unsigned of_quad = bits_of_quad(u > 0);
+      if (u > 0) {
+        const int at = to + popcount(of_quad & lanes_before_in_quad());
+        keys[at] = static_cast<unsigned>(entries.keys[entries.place(row, i)]) << ROW_BITS | (lane_of() / 4 + 8 * row);
+        us[at] = quantise(u);
       }
-      const int column = column_of(code % (1 << LaneEntries::COLUMN_BITS) / 2, code % 2);
-      const unsigned key = list[code >> LaneEntries::COLUMN_BITS] * BLOCK_N + column;
-      keys[to] = key << ROW_BITS | (lane_of() / 4 + 8 * row);
-      us[to] = quantise(entries.scores[place]);
+      to += popcount(of_quad);
     }
   }
   syncwarp();
@@ -186,7 +173,7 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
 
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
   // In place of the warp's own lists.
-  T* weights = reinterpret_cast<T*>(entries.scores + entries.first - lane_of());
+  T* weights = reinterpret_cast<T*>(entries.scores);
   clear_weights(weights);
   T* out_rows = static_cast<T*>(params.out) + (tile.row + first_query) * params.head_dim_v;
   // More channels at once would need as many registers.
@@ -313,10 +300,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     if (threadIdx.x == 0) params.counts[tile.index] = count;
   };
   if constexpr (ENTRIES) {
-    constexpr int ROOM = D > 64 ? 42 : 52;  // of a lane
+    constexpr int ROOM = D > 64 ? 116 : 148;  // a multiple of 4, but not of 8: then quads read from different banks
     // Where queries and keys were.
     static_assert(CAPACITY<BLOCK_M, D> * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
-    LaneEntries entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS * ROOM), ROOM);
+    RowEntries<ROOM> entries(scratch + 32);
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
     int n_steps = params.by_entries && !has_bad ? count : 0;
     float bound[R];  // of the scores; a little lower, for its rounding
@@ -333,7 +320,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         for (int column = 0; column < N; column++) {
           const float(&x)[4] = s[0][column];
           if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
-            entries.add(x, bound, i << LaneEntries::COLUMN_BITS | (first / 8 + column) << 1);
+            entries.add(x, bound, list[i] * BLOCK_N + first + column_of(column, 0));
         }
       }
       bool is_much = entries.is_full();
@@ -351,19 +338,19 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
-        attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
-                                                                q_tile, r);
+        attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, end, q_tile, c, r);
         return;
       }
       unsigned char* has_support = reinterpret_cast<unsigned char*>(q_tile);
-      fill<THREADS, unsigned char>(has_support, count, 0);
+      fill<THREADS, unsigned char>(has_support, params.n_blocks, 0);
       __syncthreads();
 #pragma unroll
       for (int row = 0; row < 2; row++)
-        for (int i = 0; i < places.size[row]; i++)
-          has_support[entries.codes[entries.place(row, i)] >> LaneEntries::COLUMN_BITS] = 1;
+        for (int i = lane_of() % 4; i < entries.count(row); i += 4)
+          if (entries.u_of(row, i, c, end[row]) > 0) has_support[entries.keys[entries.place(row, i)] / BLOCK_N] = 1;
       __syncthreads();
-      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return has_support[i] != 0; });
+      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch),
+                             [&](int i) { return has_support[list[i]] != 0; });
       store_results(end);
       return;
     }
