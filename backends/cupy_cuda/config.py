@@ -51,7 +51,7 @@ LONG = 16_384  # queries and keys
 GROUPS = 16
 CANDIDATES = 2048
 
-ROW_ENTRIES = {64: 148, 128: 116}  # above the bound of tau that two rows have room for (refine.cu), by head
+ROW_ENTRIES = {64: 204, 128: 164}  # above the bound of tau that two rows have room for (refine.cu), by head
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
 ENTRIES = 6144
 ENTRY_BLOCKS = 2048
@@ -176,7 +176,7 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
         return SCRATCH + (max(tile, ring) if in_registers else tile + ring)
     if kernel == "refine":
         ring = launch.stages * block
-        listed = launch.warps * 8 * ROW_ENTRIES[config.head] * 8 if config.entries else 0
+        listed = launch.warps * 8 * ROW_ENTRIES[config.head] * 6 if config.entries else 0
         return SCRATCH + (max(tile, ring) if launch.wgmma else tile + ring) + listed
     if kernel == "output":
         return SCRATCH + tile // config.parts(kernel) + launch.stages * (block + config.block_n * row_v) + staging

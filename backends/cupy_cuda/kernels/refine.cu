@@ -13,15 +13,16 @@ constexpr int ENTRIES_PER_BLOCK = D <= 64 ? 192 : 96;
 // those of its first row are filled from the first place on, those of its second row from the last place back.
 template <int ROOM>
 struct RowEntries {
-  static constexpr int MOST = 16;  // of a column tile
+  static constexpr int MOST = 16;   // of a column tile
+  static constexpr int PAIRS = 32;  // of neighbouring keys in a block
 
-  float* scores;
-  int* keys;
-  int first, low, high;  // between low and high all is free
+  float* scores;          // whose lowest bit is set for the second key of a pair
+  unsigned short* codes;  // which of the listed blocks, and of its pairs
+  int first, low, high;   // between low and high all is free
 
-  __device__ __forceinline__ explicit RowEntries(float* room)
-      : scores(room + warp_of() * 8 * ROOM), keys(reinterpret_cast<int*>(scores + blockDim.x / 4 * ROOM)),
-        first(lane_of() / 4 * ROOM), low(first), high(first + ROOM) {}
+  __device__ __forceinline__ RowEntries(float* scores, unsigned short* codes)
+      : scores(scores + warp_of() * 8 * ROOM), codes(codes + warp_of() * 8 * ROOM), first(lane_of() / 4 * ROOM),
+        low(first), high(first + ROOM) {}
 
   __device__ __forceinline__ int count(int row) const { return row == 0 ? low - first : first + ROOM - high; }
   __device__ __forceinline__ int count() const { return count(0) + count(1); }
@@ -33,8 +34,13 @@ struct RowEntries {
   // Then it takes no more.
   __device__ __forceinline__ bool is_full() const { return low + MOST > high; }
 
-  // Of a column tile: those of this lane are of `key` and the next one.
-  __device__ __forceinline__ void add(const float (&s)[4], const float (&bound)[2], int key) {
+  __device__ __forceinline__ int block_of(int row, int i) const { return codes[place(row, i)] / PAIRS; }
+  __device__ __forceinline__ int column_of(int row, int i) const {
+    return codes[place(row, i)] % PAIRS * 2 + __float_as_uint(scores[place(row, i)]) % 2;
+  }
+
+  // Of a column tile, this lane's pair of it.
+  __device__ __forceinline__ void add(const float (&s)[4], const float (&bound)[2], int block, int pair) {
     const bool takes = !is_full();
 #pragma unroll
     for (int row = 0; row < 2; row++) {
@@ -44,8 +50,8 @@ struct RowEntries {
 #pragma unroll
       for (int e = 0; e < 2; e++)
         if (is_above[e]) {
-          scores[place(row, i)] = s[2 * row + e];
-          keys[place(row, i)] = key + e;
+          scores[place(row, i)] = __uint_as_float((__float_as_uint(s[2 * row + e]) & ~1u) | e);
+          codes[place(row, i)] = static_cast<unsigned short>(block * PAIRS + pair);
           i++;
         }
       if (row == 0) {
@@ -120,8 +126,8 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& 
 template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int WARPS, int ROOM>
 __device__ __forceinline__ void attend_by_entries(const Params& params, const QueryTile& tile,
                                                   const RowEntries<ROOM>& entries, const EntryPlaces& places,
-                                                  const EntryList& saved, const float (&tau)[2], void* staged, float c,
-                                                  float r) {
+                                                  const EntryList& saved, const int* list, const float (&tau)[2],
+                                                  void* staged, float c, float r) {
   constexpr int ROWS = BLOCK_M / WARPS;
   constexpr int ROW_BITS = 4;
   static_assert(ROWS == 1 << ROW_BITS);
@@ -139,7 +145,8 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
       const unsigned of_quad = bits_of_quad(u > 0);
       if (u > 0) {
         const int at = to + popcount(of_quad & lanes_before_in_quad());
-        keys[at] = static_cast<unsigned>(entries.keys[entries.place(row, i)]) << ROW_BITS | (lane_of() / 4 + 8 * row);
+        const unsigned key = list[entries.block_of(row, i)] * BLOCK_N + entries.column_of(row, i);
+        keys[at] = key << ROW_BITS | (lane_of() / 4 + 8 * row);
         us[at] = quantise(u);
       }
       to += popcount(of_quad);
@@ -300,10 +307,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     if (threadIdx.x == 0) params.counts[tile.index] = count;
   };
   if constexpr (ENTRIES) {
-    constexpr int ROOM = D > 64 ? 116 : 148;  // a multiple of 4, but not of 8: then quads read from different banks
+    constexpr int ROOM = D > 64 ? 164 : 204;  // a multiple of 4, but not of 8: then quads read from different banks
+    static_assert(BLOCK_N == 2 * RowEntries<ROOM>::PAIRS && ENTRY_BLOCKS * BLOCK_N / 2 <= 1 << 16);
     // Where queries and keys were.
     static_assert(CAPACITY<BLOCK_M, D> * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
-    RowEntries<ROOM> entries(scratch + 32);
+    RowEntries<ROOM> entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS / 4 * ROOM));
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
     int n_steps = params.by_entries && !has_bad ? count : 0;
     float bound[R];  // of the scores; a little lower, for its rounding
@@ -320,7 +328,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         for (int column = 0; column < N; column++) {
           const float(&x)[4] = s[0][column];
           if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
-            entries.add(x, bound, list[i] * BLOCK_N + first + column_of(column, 0));
+            entries.add(x, bound, i, (first + column_of(column, 0)) / 2);
         }
       }
       bool is_much = entries.is_full();
@@ -338,19 +346,19 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
-        attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, end, q_tile, c, r);
+        attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
+                                                                q_tile, c, r);
         return;
       }
       unsigned char* has_support = reinterpret_cast<unsigned char*>(q_tile);
-      fill<THREADS, unsigned char>(has_support, params.n_blocks, 0);
+      fill<THREADS, unsigned char>(has_support, count, 0);
       __syncthreads();
 #pragma unroll
       for (int row = 0; row < 2; row++)
         for (int i = lane_of() % 4; i < entries.count(row); i += 4)
-          if (entries.u_of(row, i, c, end[row]) > 0) has_support[entries.keys[entries.place(row, i)] / BLOCK_N] = 1;
+          if (entries.u_of(row, i, c, end[row]) > 0) has_support[entries.block_of(row, i)] = 1;
       __syncthreads();
-      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch),
-                             [&](int i) { return has_support[list[i]] != 0; });
+      count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return has_support[i] != 0; });
       store_results(end);
       return;
     }
