@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from strategies import Case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adasplash2 import registry
 from adasplash2.contract import AttentionRequest, EntmaxRequest
@@ -110,6 +112,44 @@ def run_everything(request: AttentionRequest) -> None:
     x = torch.zeros(4, 100, dtype=request.q.dtype)
     alpha_rows = None if request.alpha_heads is None else torch.full((4,), 1.5)
     whole.entmax_backward(whole.entmax(EntmaxRequest(x, request.alpha, alpha_rows)), x, request.alpha, alpha_rows)
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the tensors that were made under it: held now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        assert "empty" in func.name(), f"{func.name()} is not counted"
+        self.add(made.nbytes)
+        weakref.finalize(made, self.add, -made.nbytes)
+        return made
+
+    def add(self, size: int) -> None:
+        self.held += size
+        self.most = max(self.most, self.held)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_memory_of_a_training_step(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the results: a byte per tile and block; while backward runs also tau with delta, and a list entry."""
+    monkeypatch.setattr(backend, "_launch", lambda *_, **__: None)
+    rows = (1, 16, 8192)
+    q, k, v, dout = torch.zeros((4, *rows, head_dim), dtype=torch.bfloat16)
+    request = AttentionRequest(q, k, v, head_dim**-0.5, is_causal=True, save_for_backward=True)
+    blocks = 16 * (8192 // 128) * (8192 // 64)
+    with Memory() as memory:
+        result = TritonBackend().forward(request)
+        forward = memory.held
+        grads = TritonBackend().backward(request, result.tau, result.saved, dout)
+    assert [t.nbytes for t in result.saved] == [blocks]
+    assert forward == result.out.nbytes + result.tau.nbytes + blocks
+    assert memory.held == forward + q.nbytes + k.nbytes + v.nbytes
+    assert memory.most == memory.held + 2 * result.tau.nbytes + 2 * blocks
+    assert grads.dq.nbytes == q.nbytes
 
 
 _TYPES = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, saved_by_blocks, support_stats
+from .._math import in_dtype_of, live_blocks, support_stats
 from . import decode, kernels
 from .config import Config, Launch, configure, decode_launch, padded
 
@@ -271,8 +271,8 @@ def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 class TritonBackend:
     """alpha-entmax attention on a GPU: one dense pass over the scores, then only the blocks that hold support.
 
-    Extra memory beyond the results: a byte and a list entry per tile of queries and block of keys, and out1 (of out's
-    shape, float32) for backward; with few queries over many keys also 56 KiB, at most, for each query and head. No call
+    Extra memory beyond the results: a byte and a list entry per tile of queries and block of keys, and in backward two
+    float32 numbers per row; with few queries over many keys also 56 KiB, at most, for each query and head. No call
     waits for the device, so forward and backward can be captured in a CUDA graph.
 
     Args:
@@ -302,7 +302,9 @@ class TritonBackend:
         return _tensor_reasons(request.x)
 
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
-        return saved_by_blocks(request, *_tiles_and_blocks(request, _configure(request)))
+        if not request.save_for_backward:
+            return []
+        return [live_blocks(request, *_tiles_and_blocks(request, _configure(request)))]
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(request, self._histogram)
@@ -316,7 +318,7 @@ class TritonBackend:
         out = torch.empty((*rows, call.head_dim_v), dtype=call.q.dtype, device=device)
         tau = torch.empty(rows, dtype=torch.float32, device=device)
         saved = self.saved_like(request)
-        out1, live = saved or (None, None)
+        live = saved[0] if saved else None
         if call.is_empty:
             out.zero_(), tau.fill_(torch.inf)
             for t in saved:
@@ -382,7 +384,6 @@ class TritonBackend:
             programs * config.output_programs,
             config.output,
             OUT=out,
-            OUT1=out1,
             TILE_PROGRAMS=config.output_programs,
             **shared,
             **call.arguments_of_v(),
@@ -451,7 +452,7 @@ class TritonBackend:
 
     def _backward(self, call: _Call, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request, config = call.request, call.config
-        out1, live = saved
+        (live,) = saved
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
         # tau and delta of a row side by side: the dkv kernel loads both at once.
         tau_delta, dalpha = tau.new_empty((*tau.shape, 2)), None
@@ -476,7 +477,6 @@ class TritonBackend:
                 kernels.entmax_attn_bwd_dq,
                 call.programs,
                 config.dq,
-                OUT1=out1,
                 TAU=tau,
                 DQ=dq,
                 DALPHA=dalpha,
@@ -504,7 +504,7 @@ class TritonBackend:
         rows = (request.batch, request.heads_q, request.seqlen_q)
         map_shape = (*rows[:2], -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
         with _on_device(call.q):
-            _, tau, (_, live) = self._forward(call)
+            _, tau, (live,) = self._forward(call)
             sizes = torch.zeros(rows, dtype=torch.int32, device=tau.device)
             block_map = torch.zeros(map_shape, dtype=torch.int8, device=tau.device)
             if not call.is_empty:

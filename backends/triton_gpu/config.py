@@ -92,9 +92,8 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
             return Config(64, block_n, 1, 4, 1, 1, *[Launch(4, 1 if is_small else 2)] * 5)
         return Config(32, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
     if row <= 128:
-        return Config(
-            128, 64, 2, 16, 2, 2, Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 4), Launch(8, 3, 128), Launch(4, 4)
-        )
+        forward = Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 3, 168)
+        return Config(128, 64, 2, 16, 2, 2, *forward, Launch(8, 3, 128), Launch(4, 4))
     if row <= 256:
         return Config(
             128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 4)

@@ -757,17 +757,6 @@ def entmax_attn_fwd_refine(
 
 
 @triton.jit
-def _split(b_x, dtype: tl.constexpr):
-    """x as a sum of two numbers in half precision: the upper bits of its mantissa, and the rest.
-
-    Cut off instead of rounded, the first needs no conversion but the one that packs it.
-    """
-    LOWER: tl.constexpr = 16 if dtype == tl.bfloat16 else 13
-    b_high = ((b_x.to(tl.int32, bitcast=True) >> LOWER) << LOWER).to(tl.float32, bitcast=True)
-    return b_high.to(dtype), (b_x - b_high).to(dtype)
-
-
-@triton.jit
 def _output(
     b_q,
     K,
@@ -785,14 +774,12 @@ def _output(
     b_g,
     b_bits,
     b_out,
-    b_out1,
-    b_rest,
+    b_wv,
     len_k,
     c,
     r,
     ALPHA: tl.constexpr,
     MASKED: tl.constexpr,
-    SAVE: tl.constexpr,
     VEC_K: tl.constexpr,
     VEC_V: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -819,21 +806,10 @@ def _output(
         b_added = _sum_by_thread(_by_thread(b_w))
         b_f += _sum_by_thread(_by_thread(b_p))
         b_g += b_added
-        if SAVE and b_v.dtype != tl.float32:
-            # delta hangs on out1, and an error in delta reaches all keys of a row alike: it does not average out.
-            b_high, b_low = _split(b_w, b_v.dtype)
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-            b_out1 = tl.dot(b_high, b_v, b_out1, input_precision=PRECISION)
-            # In a sum of its own it need not wait for the other, but that takes registers.
-            if BLOCK_DV <= 64:
-                b_rest = tl.dot(b_low, b_v, b_rest, input_precision=PRECISION)
-            else:
-                b_out1 = tl.dot(b_low, b_v, b_out1, input_precision=PRECISION)
-        else:
-            b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-            b_out1 = tl.dot(b_w.to(b_v.dtype), b_v, b_out1, input_precision=PRECISION)
+        b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
+        b_wv = tl.dot(b_w.to(b_v.dtype), b_v, b_wv, input_precision=PRECISION)
         b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
-    return b_f, b_g, b_bits, b_out, b_out1, b_rest
+    return b_f, b_g, b_bits, b_out, b_wv
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -842,7 +818,6 @@ def entmax_attn_fwd_output(
     K,
     V,
     OUT,
-    OUT1,
     TAU,
     LIVE,
     WORDS,
@@ -890,7 +865,7 @@ def entmax_attn_fwd_output(
     TILE_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Output of one part of a tile over the listed blocks: tau, out, and for backward out1 = sum w v / sum w and LIVE.
+    """Output of one part of a tile over the listed blocks: tau, out, and for backward LIVE.
 
     The last step e of tau is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
     """
@@ -929,23 +904,21 @@ def entmax_attn_fwd_output(
     b_zero = tl.zeros([ROWS, 4], tl.float32)
     b_no_bits = tl.zeros([ROWS, 4], tl.int32)
     b_out = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    b_out1 = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    b_rest = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    b_f, b_g, b_bits, b_out, b_out1, b_rest = _output(
+    b_wv = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    b_f, b_g, b_bits, b_out, b_wv = _output(
         b_q, K, V, WORDS, LIST, 0, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_zero, b_zero, b_no_bits,
-        b_out, b_out1, b_rest, len_k, c, r,
-        ALPHA, False, SAVE, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_out, b_wv, len_k, c, r,
+        ALPHA, False, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_f, b_g, b_bits, b_out, b_out1, b_rest = _output(
+    b_f, b_g, b_bits, b_out, b_wv = _output(
         b_q, K, V, WORDS, LIST, whole, count, count, stride_kn, stride_vn, b_seen, b_tau, b_f, b_g, b_bits,
-        b_out, b_out1, b_rest, len_k, c, r,
-        ALPHA, True, SAVE, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_out, b_wv, len_k, c, r,
+        ALPHA, True, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_norm = tl.sum(b_f, 1)
     b_slope = tl.sum(b_g, 1)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
-    b_out1 += b_rest
-    b_out = b_out - (r * b_step)[:, None] * b_out1
+    b_out = b_out - (r * b_step)[:, None] * b_wv
     b_nan = tl.where(is_bad, float("nan"), 0.0)
     row = i_bh.to(tl.int64) * seqlen_q * HEAD_DIM_V
     _store_tile(OUT + row, first, seqlen_q, HEAD_DIM_V, b_out + b_nan[:, None], ROWS, HEAD_DIM_V, BLOCK_DV)
@@ -955,8 +928,6 @@ def entmax_attn_fwd_output(
         if tl.max(is_bad.to(tl.int32), 0) > 0:
             _fill(WORDS, tl.cdiv(count, WORD), -1)
         _mark_live(LIVE + i_tile * n_blocks, LIST, WORDS, count)
-        b_out1 = b_out1 / tl.where(b_slope > 0, b_slope, 1.0)[:, None] + b_nan[:, None]
-        _store_tile(OUT1 + row, first, seqlen_q, HEAD_DIM_V, b_out1, ROWS, HEAD_DIM_V, BLOCK_DV)
 
 
 @triton.jit
@@ -967,7 +938,7 @@ def _surprise(b_y):
 
 
 @triton.jit
-def _dq(
+def _dp_sums(
     b_q,
     b_dout,
     K,
@@ -979,9 +950,8 @@ def _dq(
     stride_vn,
     b_seen,
     b_tau,
-    b_delta,
-    b_dq,
     b_w_sum,
+    b_w_dp,
     b_phi_sum,
     b_y_sum,
     b_b_dp,
@@ -1001,7 +971,65 @@ def _dq(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum ds k over the listed blocks; with alpha per head also the five sums of its gradient."""
+    """sum w and sum w dp over the listed blocks; with alpha per head also the other sums of its gradient."""
+    j_next = _next_block(LIST, begin, end)
+    for i in tl.range(begin, end):
+        j = j_next
+        j_next = _next_block(LIST, i + 1, end)
+        b_s, _b_k = _block_scores(
+            b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
+        )
+        if MASKED:
+            b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+        else:
+            b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+        b_u = tl.maximum(b_s * c - b_tau[:, None], 0.0)
+        b_p, b_w = _powers(b_u, r, ALPHA)
+        b_w_sum += _sum_by_thread(_by_thread(b_w))
+        b_w_dp += _sum_by_thread(_by_thread(b_w * b_dp))
+        if PER_HEAD:
+            b_y = tl.where(b_u > 0, -tl.log(tl.where(b_u > 0, b_u, 1.0)), 0.0)
+            b_y = tl.maximum(b_y, 0.0)
+            b_a = b_p * _surprise(b_y)
+            b_dp = tl.where(b_u > 0, b_dp, 0.0)
+            b_phi_sum += _sum_by_thread(_by_thread(b_a))
+            b_y_sum += _sum_by_thread(_by_thread(b_p * b_y))
+            b_b_dp += _sum_by_thread(_by_thread(b_p * (1 + b_y) * b_dp))
+            b_a_dp += _sum_by_thread(_by_thread(b_a * b_dp))
+    return b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
+
+
+@triton.jit
+def _dq(
+    b_q,
+    b_dout,
+    K,
+    V,
+    LIST,
+    begin,
+    end,
+    stride_kn,
+    stride_vn,
+    b_seen,
+    b_tau,
+    b_delta,
+    b_dq,
+    len_k,
+    c,
+    r,
+    ALPHA: tl.constexpr,
+    MASKED: tl.constexpr,
+    VEC_K: tl.constexpr,
+    VEC_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum ds k over the listed blocks."""
     j_next = _next_block(LIST, begin, end)
     for i in tl.range(begin, end):
         j = j_next
@@ -1014,21 +1042,10 @@ def _dq(
         else:
             b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
         b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_u = tl.maximum(b_s * c - b_tau[:, None], 0.0)
-        b_p, b_w = _powers(b_u, r, ALPHA)
+        _b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
         b_ds = b_w * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-        if PER_HEAD:
-            b_y = tl.where(b_u > 0, -tl.log(tl.where(b_u > 0, b_u, 1.0)), 0.0)
-            b_y = tl.maximum(b_y, 0.0)
-            b_a = b_p * _surprise(b_y)
-            b_dp = tl.where(b_u > 0, b_dp, 0.0)
-            b_w_sum += tl.sum(b_w, 1)
-            b_phi_sum += tl.sum(b_a, 1)
-            b_y_sum += tl.sum(b_p * b_y, 1)
-            b_b_dp += tl.sum(b_p * (1 + b_y) * b_dp, 1)
-            b_a_dp += tl.sum(b_a * b_dp, 1)
-    return b_dq, b_w_sum, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
+    return b_dq
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -1037,7 +1054,6 @@ def entmax_attn_bwd_dq(
     K,
     V,
     DOUT,
-    OUT1,
     TAU,
     TAU_DELTA,
     DQ,
@@ -1085,7 +1101,10 @@ def entmax_attn_bwd_dq(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = dout . out1 per row, beside tau in TAU_DELTA; dq, and the gradient of alpha per row."""
+    """delta = sum w dp / sum w per row, beside tau in TAU_DELTA; dq, and the gradient of alpha per row.
+
+    The sums take a pass of their own over the blocks, so that nothing of out's shape is saved for them.
+    """
     i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
     i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
@@ -1115,38 +1134,40 @@ def entmax_attn_bwd_dq(
     b_q = _load_tile(Q, i_m * BLOCK_M, first_row, end_row, stride_qm, VEC_Q, BLOCK_M, HEAD_DIM, BLOCK_D)
     b_q = _signed(b_q, SIGN)
     b_dout = _load_tile(DOUT, i_m * BLOCK_M, first_row, end_row, stride_om, VEC_O, BLOCK_M, HEAD_DIM_V, BLOCK_DV)
-    b_out1 = _load_tile(
-        OUT1 + row * HEAD_DIM_V, i_m * BLOCK_M, first_row, end_row, HEAD_DIM_V, 1, BLOCK_M, HEAD_DIM_V, BLOCK_DV
-    )
     b_tau = tl.load(TAU + row + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
     is_bad = b_tau != b_tau
-    b_delta = tl.sum(b_dout.to(tl.float32) * b_out1, 1)
-    b_delta = tl.where(b_seen > 0, b_delta, 0.0)
+    b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
+    b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
+        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau,
+        b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, len_k, c, r,
+        ALPHA, PER_HEAD, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+    b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
+        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau,
+        b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
+        ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+    )  # fmt: skip
+    b_total = tl.sum(b_w_sum, 1)
+    b_total = tl.where(b_total > 0, b_total, 1.0)
+    b_delta = tl.where(b_seen > 0, tl.sum(b_w_dp, 1) / b_total, 0.0)
     o_pairs = (row + o_rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
     tl.store(TAU_DELTA + o_pairs, tl.join(b_tau, b_delta), mask=o_rows[:, None] < seqlen_q)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_w_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_phi_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_y_sum = tl.zeros([BLOCK_M], tl.float32)
-    b_b_dp = tl.zeros([BLOCK_M], tl.float32)
-    b_a_dp = tl.zeros([BLOCK_M], tl.float32)
-    b_dq, b_w_sum, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
-        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq,
-        b_w_sum, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
-        ALPHA, PER_HEAD, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+    b_dq = _dq(
+        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq, len_k, c, r,
+        ALPHA, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_dq, b_w_sum, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
-        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq,
-        b_w_sum, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
-        ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+    b_dq = _dq(
+        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq, len_k, c, r,
+        ALPHA, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_nan = tl.where(is_bad, float("nan"), 0.0)
     b_dq = b_dq * (scale * SIGN) + b_nan[:, None]
     _store_tile(DQ + row * HEAD_DIM, i_m * BLOCK_M, seqlen_q, HEAD_DIM, b_dq, BLOCK_M, HEAD_DIM, BLOCK_D)
     if PER_HEAD:
-        b_dalpha = b_phi_sum * b_b_dp - (1 + b_y_sum) * b_a_dp
-        b_dalpha = b_dalpha / (tl.where(b_w_sum > 0, b_w_sum, 1.0) * exponent * exponent)
+        b_dalpha = tl.sum(b_phi_sum, 1) * tl.sum(b_b_dp, 1) - (1 + tl.sum(b_y_sum, 1)) * tl.sum(b_a_dp, 1)
+        b_dalpha = b_dalpha / (b_total * exponent * exponent)
         tl.store(DALPHA + row + o_rows, b_dalpha + b_nan, mask=o_rows < seqlen_q)
 
 
