@@ -213,10 +213,10 @@ def _alpha_class(alpha: float, alphas: Tensor | None) -> str:
 class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
-    The stages and what they leave behind are those of the Triton backend. Extra memory beyond the results: a byte and a
-    list entry per tile of queries and block of keys, out1 (of out's shape, float32) for backward, and on Hopper as much
-    again during it; with few queries over many keys also 32 KiB, at most, for each query and head. No call waits for
-    the device once its kernels are compiled.
+    The stages are those of the Triton backend. Extra memory beyond the results: a byte and a list entry per tile of
+    queries and block of keys; for backward out1 (of out's shape, float32), and as much again during it where tiles may
+    be taken by their entries; with few queries over many keys 32 KiB, at most, for each query and head. No call waits
+    for the device once its kernels are compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
