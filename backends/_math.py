@@ -7,7 +7,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["in_dtype_of", "keys_seen", "live_blocks", "saved_by_blocks", "support_stats", "visible_counts"]
+__all__ = ["in_dtype_of", "keys_seen", "live_blocks", "support_stats", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -55,15 +55,3 @@ def in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
 def live_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> Tensor:
     """Room for a byte per tile of queries and block of keys."""
     return request.q.new_empty((request.batch, request.heads_q, n_tiles, n_blocks), dtype=torch.int8)
-
-
-def saved_by_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> list[Tensor]:
-    """out1 and the live blocks of each tile of queries, empty; nothing without a backward pass."""
-    if not request.save_for_backward:
-        return []
-    shape = (request.batch, request.heads_q, request.seqlen_q, request.head_dim_v)
-    return [
-        # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
-        request.q.new_empty(shape, dtype=torch.float32),
-        live_blocks(request, n_tiles, n_blocks),
-    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, saved_by_blocks, support_stats
+from .._math import in_dtype_of, live_blocks, support_stats
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
@@ -285,7 +285,14 @@ class CupyBackend:
         return config
 
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
-        return saved_by_blocks(request, *_tiles_and_blocks(request, self.config_of(request)))
+        if not request.save_for_backward:
+            return []
+        shape = (request.batch, request.heads_q, request.seqlen_q, request.head_dim_v)
+        return [
+            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
+            request.q.new_empty(shape, dtype=torch.float32),
+            live_blocks(request, *_tiles_and_blocks(request, self.config_of(request))),
+        ]
 
     def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: np.void) -> None:
         source = _SOURCES[kernel.partition("<")[0]]
