@@ -23,7 +23,7 @@ constexpr int CHECK_THREADS = 128;
 // The first key that is not finite in each chunk of KEYS_PER_CHECK keys, or seqlen_k. Eight threads take a row; a
 // program every n_checks-th chunk of a head.
 template <class T>
-__global__ void __launch_bounds__(CHECK_THREADS) entmax_attn_check_keys(const Params params) {
+__global__ void __launch_bounds__(CHECK_THREADS, 8) entmax_attn_check_keys(const Params params) {
   constexpr int STEP = CHECK_THREADS / 8, ROWS = KEYS_PER_CHECK / STEP;
   extern __shared__ __align__(128) unsigned char smem[];
   const int i_bh = blockIdx.x / params.n_checks, i_b = i_bh / params.heads_kv;
