@@ -1,13 +1,15 @@
-"""Formulas that backends share on the host."""
+"""What backends share on the host."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
 from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["in_dtype_of", "keys_seen", "live_blocks", "support_stats", "visible_counts"]
+__all__ = ["in_dtype_of", "keys_seen", "live_blocks", "multiprocessors", "support_stats", "visible_counts"]
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -55,3 +57,9 @@ def in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
 def live_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> Tensor:
     """Room for a byte per tile of queries and block of keys."""
     return request.q.new_empty((request.batch, request.heads_q, n_tiles, n_blocks), dtype=torch.int8)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; an H100's where kernels run without one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -343,7 +343,7 @@ def test_a_bad_key_in_any_chunk(
     """Whether a program of the check takes all keys of a head or only some of them."""
     device = device_here()
     monkeypatch.setattr(backend, "CHECKS_PER_MULTIPROCESSOR", 1)
-    monkeypatch.setattr(backend, "_multiprocessors", lambda device: most)
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: most)
     request, _ = Case(300, 300, heads_kv=2, is_causal=True).build(device)
     request.k[0, 1, 270, 3] = torch.nan
     out = TritonBackend().forward(request).out

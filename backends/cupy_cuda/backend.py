@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, live_blocks, support_stats
+from .._math import in_dtype_of, live_blocks, multiprocessors, support_stats
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
@@ -341,7 +341,7 @@ class CupyBackend:
         flags, _maxima = self._decode(call, arguments, out, tau)
         units = request.batch * request.heads_kv
         # Few programs where the heads alone are many: most of them may have nothing to do.
-        n_checks = min(arguments["n_chunks"], -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(call.q.device) // units))
+        n_checks = min(arguments["n_chunks"], -(-CHECKS_PER_MULTIPROCESSOR * multiprocessors(call.q.device) // units))
         first_bad = call.empty(units * arguments["n_chunks"], dtype=torch.int32)
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
@@ -377,7 +377,7 @@ class CupyBackend:
         # A power of two.
         slot = max(1 << (-(-products // SLOTS) - 1).bit_length(), KEYS_PER_SLOT // scan.columns)
         n_slots = -(-products // slot)
-        wanted = scan.programs * _multiprocessors(call.q.device) // (units * n_row_tiles)
+        wanted = scan.programs * multiprocessors(call.q.device) // (units * n_row_tiles)
         split = max(-(-products // max(wanted, 1)), KEYS_PER_SPLIT // scan.columns)
         split = -(-split // slot) * slot
         n_splits = -(-products // split)
@@ -514,12 +514,6 @@ class CupyBackend:
         )
         kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))
         self._launch(kernel, rows, ROW_WARPS, 128, record)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of an H100 where kernels are emulated."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, live_blocks, support_stats
+from .._math import in_dtype_of, live_blocks, multiprocessors, support_stats
 from . import decode, kernels
 from .config import Config, Launch, configure, decode_launch, padded
 
@@ -85,12 +85,6 @@ def _shared_memory(device: torch.device) -> int:
         return 232_448
     properties: Any = torch.cuda.get_device_properties(device)
     return int(properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """An H100's where the kernels are interpreted."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
@@ -328,7 +322,7 @@ class TritonBackend:
         flags = self._decode(call, arguments, out, tau)
         programs = call.programs
         # Longer chunks where the heads alone are many: most of these programs may have nothing to do.
-        per_head = -(-CHECKS_PER_MULTIPROCESSOR * _multiprocessors(device) // (call.batch * call.heads_kv))
+        per_head = -(-CHECKS_PER_MULTIPROCESSOR * multiprocessors(device) // (call.batch * call.heads_kv))
         n_checks = -(-call.seqlen_k // KEYS_PER_CHECK)
         chunk = -(-n_checks // per_head) * KEYS_PER_CHECK
         n_chunks = -(-call.seqlen_k // chunk)
@@ -403,7 +397,7 @@ class TritonBackend:
         units = call.batch * call.heads_kv
         products = -(-call.seqlen_k // decode.KEYS.value)
         slot = -(-products // SLOTS)
-        wanted = PROGRAMS_PER_MULTIPROCESSOR[block_m] * _multiprocessors(call.q.device) // (units * n_row_tiles)
+        wanted = PROGRAMS_PER_MULTIPROCESSOR[block_m] * multiprocessors(call.q.device) // (units * n_row_tiles)
         split = max(-(-products // max(wanted, 1)), PRODUCTS_PER_SPLIT)
         split = -(-split // slot) * slot
         n_splits = -(-products // split)
