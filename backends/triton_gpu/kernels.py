@@ -938,6 +938,39 @@ def _surprise(b_y):
 
 
 @triton.jit
+def _u_and_dp(
+    b_q,
+    b_dout,
+    K,
+    V,
+    j,
+    stride_kn,
+    stride_vn,
+    b_seen,
+    b_tau,
+    len_k,
+    c,
+    MASKED: tl.constexpr,
+    VEC_K: tl.constexpr,
+    VEC_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k, u and dp = dout . v of block j."""
+    b_s, b_k = _block_scores(b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
+    if MASKED:
+        b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+    else:
+        b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+    return b_k, tl.maximum(b_s * c - b_tau[:, None], 0.0), b_dp
+
+
+@triton.jit
 def _dp_sums(
     b_q,
     b_dout,
@@ -976,15 +1009,10 @@ def _dp_sums(
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        b_s, _b_k = _block_scores(
-            b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
-        )
-        if MASKED:
-            b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        else:
-            b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        b_u = tl.maximum(b_s * c - b_tau[:, None], 0.0)
+        _b_k, b_u, b_dp = _u_and_dp(
+            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
+            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
         b_p, b_w = _powers(b_u, r, ALPHA)
         b_w_sum += _sum_by_thread(_by_thread(b_w))
         b_w_dp += _sum_by_thread(_by_thread(b_w * b_dp))
@@ -1034,15 +1062,11 @@ def _dq(
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        b_s, b_k = _block_scores(
-            b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
-        )
-        if MASKED:
-            b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        else:
-            b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-        _b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
+        b_k, b_u, b_dp = _u_and_dp(
+            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
+            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        _b_p, b_w = _powers(b_u, r, ALPHA)
         b_ds = b_w * (b_dp - b_delta[:, None])
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
     return b_dq
