@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   int* list = scratch + 32;
   float* staging = reinterpret_cast<float*>(list + LIST_ENTRIES) + warp_of() * STAGING<M, N>;
 
-  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
+  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params, scratch);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -162,9 +162,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
 template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
-                                           const Params& params) {
-  // Found again, so that no register has to keep it.
-  const Turn turn = turn_of(params, blockIdx.x, gridDim.x, params.n_blocks);
+                                           const Params& params, Turn turn) {
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) {
     const int key = turn.i * BLOCK_N + row_of<M>(i);
@@ -183,7 +181,8 @@ __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N]
 // the same each time. Keys are rows here, COLUMNS queries columns.
 template <bool DK, bool DV, class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES,
           bool WGMMA>
-__device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& block, unsigned char* smem) {
+__device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& block, unsigned char* smem,
+                                         int* scratch) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_N / (16 * WARPS);
   constexpr int N = COLUMNS / 8;
@@ -195,7 +194,6 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   T* v_tile = k_tile + BLOCK_N * D;
   T* q_parts = v_tile + BLOCK_N * D;
   T* dout_parts = q_parts + STAGES * PART;
-  int* scratch = reinterpret_cast<int*>(dout_parts + STAGES * PART);
   int* list = scratch + 32;
   float* taus = reinterpret_cast<float*>(list + LIST_ENTRIES);
   float* deltas = taus + STAGES * COLUMNS;
@@ -325,8 +323,9 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
               });
         });
   }
-  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params);
-  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params);
+  const Turn turn = kept_turn(scratch);
+  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn);
+  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params, turn);
 }
 
 // dk and dv of one block of keys.
@@ -337,8 +336,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   extern __shared__ __align__(1024) unsigned char smem[];
   T* k_tile = reinterpret_cast<T*>(smem);
   T* v_tile = k_tile + BLOCK_N * D;
+  int* scratch = reinterpret_cast<int*>(v_tile + BLOCK_N * D + 2 * STAGES * COLUMNS * D);
 
-  const KeyBlock block = key_block(params);
+  const KeyBlock block = key_block(params, scratch);
   const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
   load_tile<T, D, BLOCK_N, THREADS>(k_tile, k, block.j * BLOCK_N, 0, block.lengths.k, params.stride_kn,
@@ -347,17 +347,17 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
                                     params.head_dim_v, params.aligned_v);
   cp_async_commit();
   int bits = LIVE;
-  if constexpr (WGMMA) bits = live_bits<WARPS>(params, block, reinterpret_cast<int*>(v_tile + BLOCK_N * D));
+  if constexpr (WGMMA) bits = live_bits<WARPS>(params, block, scratch);
   cp_async_wait<0>();
   if (bits == HAS_ENTRIES) return;  // entmax_attn_bwd_dkv_entries does all
   __syncthreads();
   apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
   if constexpr (D <= 128) {
-    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
+    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
   } else {
     // Both sums together would not fit into the registers.
-    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
-    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem);
+    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
+    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
   }
 }
 

@@ -196,12 +196,26 @@ __device__ __forceinline__ Turn turn_of(const Params& params, int program, int n
   return Turn{first + rest % together, rest / together};
 }
 
-// With PARTS, so many programs share a tile: the rows are those of a part.
+__device__ __forceinline__ Turn kept_turn(const int* scratch) { return Turn{scratch[30], scratch[31]}; }
+
+// What the threads of a program know of its turn comes from the last numbers of `scratch`, and there it stays: registers
+// that would keep it to the end are needed by sums.
+__device__ __forceinline__ Turn keep_turn(Turn turn, int* scratch) {
+  if (threadIdx.x == 0) {
+    scratch[30] = turn.i_bh;
+    scratch[31] = turn.i;
+  }
+  __syncthreads();
+  return kept_turn(scratch);
+}
+
+// With PARTS, so many programs share a tile: the rows are those of a part. With `scratch` the turn is kept there.
 template <int BLOCK_M, int PARTS = 1>
-__device__ __forceinline__ QueryTile query_tile(const Params& params) {
+__device__ __forceinline__ QueryTile query_tile(const Params& params, int* scratch = nullptr) {
   constexpr int ROWS = BLOCK_M / PARTS;
   QueryTile tile;
-  const Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_tiles);
+  Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_tiles);
+  if (scratch) turn = keep_turn(turn, scratch);
   const int i_bh = turn.i_bh;
   // The longest first, where the mask is causal.
   tile.i_m = params.n_tiles - 1 - turn.i;

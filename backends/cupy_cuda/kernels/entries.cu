@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
   unsigned short* own = reinterpret_cast<unsigned short*>(offsets + THREADS) + warp_of() * TAKEN;
   T* weights = reinterpret_cast<T*>(offsets + THREADS) + WARPS * TAKEN + warp_of() * WEIGHTS;
 
-  const KeyBlock block = key_block<2>(params);
+  const KeyBlock block = key_block<2>(params, scratch);
   const int bits = live_bits<WARPS>(params, block, scratch);
   if (!(bits & HAS_ENTRIES)) return;
   const bool is_dv = blockIdx.x % 2;

@@ -345,9 +345,9 @@ struct KeyBlock {
 
 // With PARTS, so many programs share a block.
 template <int PARTS = 1>
-__device__ __forceinline__ KeyBlock key_block(const Params& params) {
+__device__ __forceinline__ KeyBlock key_block(const Params& params, int* scratch) {
   KeyBlock block;
-  const Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_blocks);
+  const Turn turn = keep_turn(turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_blocks), scratch);
   block.j = turn.i;
   block.i_b = turn.i_bh / params.heads_kv;
   block.i_kv = turn.i_bh % params.heads_kv;
