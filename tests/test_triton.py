@@ -364,6 +364,17 @@ def test_initialisations(init: Any) -> None:
             assert_close(result, truth, quantity, f"{init}, {kind}")
 
 
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 1.2])
+def test_out_without_its_correction(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bfloat16 gets it, which the interpreter cannot multiply: here within the bounds of float16."""
+    monkeypatch.setattr(backend, "CORRECTED", ())
+    monkeypatch.setitem(backend.TARGET, HALF, backend.TARGET[torch.bfloat16])
+    device = device_here()
+    for kind in ("iid", "narrow", "topics", "ties"):
+        case = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF, alpha=alpha)
+        assert_attention(TritonBackend(), *case.build(device))
+
+
 def test_configurations_are_pure() -> None:
     assert configure(HALF, 64, 64, False, 232_448) == configure(HALF, 64, 64, False, 232_448)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -92,8 +92,10 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
             return Config(64, block_n, 1, 4, 1, 1, *[Launch(4, 1 if is_small else 2)] * 5)
         return Config(32, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
     if row <= 128:
-        forward = Launch(8, 4, 128), Launch(4, 4, 168), Launch(4, 3, 168)
-        return Config(128, 64, 2, 16, 2, 2, *forward, Launch(8, 3, 128), Launch(4, 4))
+        # The corrections of float16 (CORRECTED) need registers of their own.
+        programs, output = (1, Launch(8, 3, 128)) if dtype is torch.bfloat16 else (2, Launch(4, 3, 168))
+        forward = Launch(8, 4, 128), Launch(4, 4, 168), output
+        return Config(128, 64, 2, 16, programs, 2, *forward, Launch(8, 3, 128), Launch(4, 4))
     if row <= 256:
         return Config(
             128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 4)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .kernels import INTEGERS as _INTEGERS
-from .kernels import _exponent, _keys_seen, _lengths, _load_block, _load_tile, _newton_step, _powers, _signed
+from .kernels import _exponent, _keys_seen, _lengths, _load_block, _load_tile, _newton_step, _powers, _saturate, _signed
 
 __all__ = ["CAPACITY", "GROUPS", "KEYS", "entmax_attn_decode_output", "entmax_attn_decode_scan"]
 
@@ -163,7 +163,7 @@ def _sums(S, count, top, c, tau, r, ALPHA: tl.constexpr, BLOCK: tl.constexpr):
     for first in range(0, count, BLOCK):
         o_scores = first + tl.arange(0, BLOCK)
         b_s = tl.load(S + o_scores, mask=o_scores < count, other=float("-inf"))
-        b_p, b_w = _powers(tl.maximum((b_s - top) * c - tau, 0.0), r, ALPHA)
+        b_p, b_w = _powers(_saturate((b_s - top) * c - tau), r, ALPHA)
         b_f += b_p
         b_g += b_w
     return tl.sum(b_f, 0), tl.sum(b_g, 0)
@@ -321,7 +321,7 @@ def entmax_attn_decode_output(
         is_found = first + o_found < count
         b_s = tl.load(SCORES + first + o_found, mask=is_found, other=float("-inf"))
         b_keys = tl.load(FOUND + first + o_found, mask=is_found, other=0)
-        b_p, _b_w = _powers(tl.maximum((b_s - top) * c - tau, 0.0), r, ALPHA)
+        b_p, _b_w = _powers(_saturate((b_s - top) * c - tau), r, ALPHA)
         is_v = (b_p > 0)[:, None] & (o_dv[None, :] < HEAD_DIM_V)
         b_v = tl.load(V + (b_keys.to(tl.int64) * stride_vn * VEC_V)[:, None] + o_dv[None, :], mask=is_v, other=0.0)
         b_out += b_p[:, None] * b_v.to(tl.float32)

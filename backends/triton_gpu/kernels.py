@@ -49,6 +49,8 @@ ALPHA_ANY = tl.constexpr(0)
 ALPHA_1_5 = tl.constexpr(1)
 ALPHA_2 = tl.constexpr(2)
 
+LARGE = tl.constexpr(3e38)
+
 # Blocks that a compaction looks at together, and that a word has bits for.
 CHUNK = tl.constexpr(256)
 WORD = tl.constexpr(32)
@@ -63,12 +65,22 @@ INIT_STEPS = tl.constexpr(4)
 
 
 @triton.jit
+def _saturate(b_x):
+    """Inside [0, 1]; NaN is 0.
+
+    So u comes from z - tau, which a bound of tau from below, too, leaves at most 1. On NVIDIA's GPUs a product that is
+    clamped to [0, 1] costs nothing more, a maximum an instruction at half rate.
+    """
+    return tl.minimum(tl.maximum(b_x, 0.0), 1.0)
+
+
+@triton.jit
 def _powers(b_u, r, ALPHA: tl.constexpr):
     """p and w of u; 0 and 0 at u = 0."""
     if ALPHA == ALPHA_1_5:
         return b_u * b_u, b_u
     elif ALPHA == ALPHA_2:
-        return b_u, tl.where(b_u > 0, 1.0, 0.0)
+        return b_u, _saturate(b_u * LARGE)
     else:
         b_w = tl.where(b_u > 0, tl.exp2((r - 1) * tl.log2(b_u)), 0.0)
         return b_w * b_u, b_w
@@ -316,24 +328,19 @@ def entmax_attn_check_keys(
 
 
 @triton.jit
-def _insert(b_new, b_0, b_1, b_2):
-    """Each slot keeps its three largest, in order."""
-    b_low = tl.minimum(b_0, b_new)
-    b_0 = tl.maximum(b_0, b_new)
-    b_lower = tl.minimum(b_1, b_low)
-    b_1 = tl.maximum(b_1, b_low)
-    return b_0, b_1, tl.maximum(b_2, b_lower)
+def _insert(b_new, b_0, b_1):
+    """Each slot keeps its two largest, in order."""
+    return tl.maximum(b_0, b_new), tl.maximum(b_1, tl.minimum(b_0, b_new))
 
 
 @triton.jit
-def _raise_by_maxima(b_tau, b_0, b_1, b_2, c, r, ALPHA: tl.constexpr):
+def _raise_by_maxima(b_tau, b_0, b_1, c, r, ALPHA: tl.constexpr):
     """One Newton step towards tau of the kept maxima, a subset of the scores: a lower bound of tau."""
-    b_p0, b_w0 = _powers(tl.maximum(b_0 * c - b_tau[:, None, None], 0.0), r, ALPHA)
-    b_p1, b_w1 = _powers(tl.maximum(b_1 * c - b_tau[:, None, None], 0.0), r, ALPHA)
-    b_p2, b_w2 = _powers(tl.maximum(b_2 * c - b_tau[:, None, None], 0.0), r, ALPHA)
+    b_p0, b_w0 = _powers(_saturate(b_0 * c - b_tau[:, None, None]), r, ALPHA)
+    b_p1, b_w1 = _powers(_saturate(b_1 * c - b_tau[:, None, None]), r, ALPHA)
     # The sum over blocks stays inside a thread, so it comes first.
-    b_f = tl.sum(tl.sum(b_p0 + b_p1 + b_p2, 1), 1)
-    b_g = tl.sum(tl.sum(b_w0 + b_w1 + b_w2, 1), 1)
+    b_f = tl.sum(tl.sum(b_p0 + b_p1, 1), 1)
+    b_g = tl.sum(tl.sum(b_w0 + b_w1, 1), 1)
     return b_tau + tl.maximum(_newton_step(b_f, b_g, r, ALPHA), 0.0)
 
 
@@ -348,16 +355,26 @@ def _bin_counts(b_kept, b_low, c):
 
 
 @triton.jit
-def _init_histogram(b_low, b_0, b_1, b_2, c, r, ALPHA: tl.constexpr):
+def _init_histogram(b_low, b_0, b_1, c, r, ALPHA: tl.constexpr):
     """tau of the histogram of the kept maxima, which count at the lower edges of their bins: a lower bound of tau."""
-    b_counts = _bin_counts(b_0, b_low, c) + _bin_counts(b_1, b_low, c) + _bin_counts(b_2, b_low, c)
+    b_counts = _bin_counts(b_0, b_low, c) + _bin_counts(b_1, b_low, c)
     b_edges = tl.arange(0, BINS).to(tl.float32)[None, :] / BINS  # above b_low = max z - 1
     b_shift = b_low * 0
     for _ in tl.static_range(INIT_STEPS + 2):
-        b_p, b_w = _powers(tl.maximum(b_edges - b_shift[:, None], 0.0), r, ALPHA)
+        b_p, b_w = _powers(_saturate(b_edges - b_shift[:, None]), r, ALPHA)
         b_step = _newton_step(tl.sum(b_counts * b_p, 1), tl.sum(b_counts * b_w, 1), r, ALPHA)
         b_shift += tl.maximum(b_step, 0.0)
     return b_low + b_shift
+
+
+@triton.jit
+def _maxima(b_s, BLOCKS: tl.constexpr):
+    """[rows, BLOCKS, 4] largest scores of each row in each block.
+
+    A thread holds keys 8 i + 2 l and 8 i + 2 l + 1 of a row, for one l of 4: these maxima stay inside it. Those over i
+    come first, as a chain, of which the compiler takes two at once where it can.
+    """
+    return tl.max(tl.max(tl.reshape(b_s, [b_s.shape[0], BLOCKS, b_s.shape[1] // BLOCKS // 8, 4, 2]), 2), 3)
 
 
 @triton.jit
@@ -372,15 +389,14 @@ def _scan_block(
     b_tau,
     b_0,
     b_1,
-    b_2,
     b_bits,
+    is_positive,
     len_k,
     c,
     r,
     ALPHA: tl.constexpr,
     MASKED: tl.constexpr,
     VEC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -403,18 +419,25 @@ def _scan_block(
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if MASKED:
         b_s = tl.where(j * KEYS + tl.arange(0, KEYS)[None, :] < b_seen[:, None], b_s, float("-inf"))
-    # A thread holds keys 8 i + 2 l and 8 i + 2 l + 1 of a row, for one l of 4: these maxima stay inside it.
-    b_max = tl.max(tl.max(tl.reshape(b_s, [BLOCK_M, BLOCKS, BLOCK_N // 8, 4, 2]), 4), 2)  # [BLOCK_M, BLOCKS, 4]
-    b_0, b_1, b_2 = _insert(b_max, b_0, b_1, b_2)
+    # Numbers that are not negative have the order of their bits, and of integers the compiler takes the largest of
+    # three at once. Of negative ones it may be the smallest, but then none is above the bound. Triton 3.6 compiles no
+    # loop in which a branch takes a product as it is.
+    b_i = b_s.to(tl.int32, bitcast=True)
+    if is_positive:
+        b_max = _maxima(b_i, BLOCKS).to(tl.float32, bitcast=True)
+    else:
+        b_max = _maxima(b_i.to(tl.float32, bitcast=True), BLOCKS)
+    b_0, b_1 = _insert(b_max, b_0, b_1)
     b_above = (b_max * c > b_tau[:, None, None]).to(tl.int32)
     b_bits = b_bits | (b_above << ((j % WINDOW) * BLOCKS + tl.arange(0, BLOCKS))[None, :, None])
     if (j % BOUND_EVERY == 0) | is_last:
         b_tau = tl.maximum(b_tau, tl.max(tl.max(b_0, 1), 1) * c - 1)
-        b_tau = _raise_by_maxima(b_tau, b_0, b_1, b_2, c, r, ALPHA)
+        b_tau = _raise_by_maxima(b_tau, b_0, b_1, c, r, ALPHA)
         word = tl.reduce(tl.reduce(tl.reduce(b_bits, 2, _or), 1, _or), 0, _or)
         tl.store(WORDS + j // WINDOW, tl.load(WORDS + j // WINDOW) | word)
         b_bits = b_bits & 0
-    return b_tau, b_0, b_1, b_2, b_bits
+        is_positive = tl.min(b_tau, 0) >= 0
+    return b_tau, b_0, b_1, b_bits, is_positive
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -466,7 +489,7 @@ def entmax_attn_fwd_scan(
 ):
     """Scan and init: all scores once; a lower bound of tau per row (in TAU) and the list of blocks above it.
 
-    Of each row the three largest maxima of each of 4 * BLOCKS interleaved sets of keys are kept. tau of that subset of
+    Of each row the two largest maxima of each of 4 * BLOCKS interleaved sets of keys are kept. tau of that subset of
     the scores, followed by Newton steps on the way, is the bound that later blocks must pass.
     """
     KEYS: tl.constexpr = BLOCK_N * BLOCKS
@@ -508,14 +531,15 @@ def entmax_attn_fwd_scan(
     b_tau = tl.where(b_seen > 0, float("-inf"), float("inf"))
     b_0 = tl.full([BLOCK_M, BLOCKS, 4], float("-inf"), tl.float32)
     b_1 = b_0
-    b_2 = b_0
     b_bits = tl.zeros([BLOCK_M, BLOCKS, 4], tl.int32)
+    is_positive = False  # the bound of each row: scores below 0 do not count then
     n_whole = everyone // KEYS
     # The blocks that hold the diagonal, or the end of the keys, first: where attention is local, they give the bound.
     for j in tl.range(n_whole, tl.cdiv(anyone, KEYS)):
-        b_tau, b_0, b_1, b_2, b_bits = _scan_block(
-            b_q, K, WORDS, j, True, stride_kn, b_seen, b_tau, b_0, b_1, b_2, b_bits, len_k, c, r,
-            ALPHA, True, VEC_K, BLOCK_M, BLOCK_N, BLOCKS, WORD // BLOCKS, BOUND_EVERY, HEAD_DIM, BLOCK_D, PRECISION,
+        b_tau, b_0, b_1, b_bits, is_positive = _scan_block(
+            b_q, K, WORDS, j, True, stride_kn, b_seen, b_tau, b_0, b_1, b_bits, is_positive,
+            len_k, c, r, ALPHA, True, VEC_K, BLOCK_N, BLOCKS, WORD // BLOCKS, BOUND_EVERY,
+            HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
     nearest = n_whole - 1
     if not IS_CAUSAL:
@@ -523,17 +547,18 @@ def entmax_attn_fwd_scan(
     for step in tl.range(0, n_whole):
         j = nearest - step
         j = tl.where(j < 0, j + n_whole, j)
-        b_tau, b_0, b_1, b_2, b_bits = _scan_block(
-            b_q, K, WORDS, j, step == n_whole - 1, stride_kn, b_seen, b_tau, b_0, b_1, b_2, b_bits, len_k, c, r,
-            ALPHA, False, VEC_K, BLOCK_M, BLOCK_N, BLOCKS, WORD // BLOCKS, BOUND_EVERY, HEAD_DIM, BLOCK_D, PRECISION,
+        b_tau, b_0, b_1, b_bits, is_positive = _scan_block(
+            b_q, K, WORDS, j, step == n_whole - 1, stride_kn, b_seen, b_tau, b_0, b_1, b_bits, is_positive,
+            len_k, c, r, ALPHA, False, VEC_K, BLOCK_N, BLOCKS, WORD // BLOCKS, BOUND_EVERY,
+            HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     if HISTOGRAM:
         b_low = tl.max(tl.max(b_0, 2), 1) * c - 1
-        b_tau = tl.where(b_low == float("-inf"), b_low, _init_histogram(b_low, b_0, b_1, b_2, c, r, ALPHA))
+        b_tau = tl.where(b_low == float("-inf"), b_low, _init_histogram(b_low, b_0, b_1, c, r, ALPHA))
     else:
         for _ in tl.static_range(INIT_STEPS):
-            b_tau = _raise_by_maxima(b_tau, b_0, b_1, b_2, c, r, ALPHA)
+            b_tau = _raise_by_maxima(b_tau, b_0, b_1, c, r, ALPHA)
     b_tau = tl.where(b_seen > 0, b_tau, float("inf"))
     b_tau = tl.where(is_bad, float("nan"), b_tau)
     tl.store(TAU + i_bh.to(tl.int64) * seqlen_q + o_rows, b_tau, mask=o_rows < seqlen_q)
@@ -637,7 +662,7 @@ def _refine(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
         b_z = _by_thread(b_s) * c
-        b_p, b_w = _powers(tl.maximum(b_z - b_tau[:, None, None, None], 0.0), r, ALPHA)
+        b_p, b_w = _powers(_saturate(b_z - b_tau[:, None, None, None]), r, ALPHA)
         b_added = _sum_by_thread(b_w)
         b_f += _sum_by_thread(b_p)
         b_g += b_added
@@ -779,6 +804,7 @@ def _output(
     c,
     r,
     ALPHA: tl.constexpr,
+    CORRECTED: tl.constexpr,
     MASKED: tl.constexpr,
     VEC_K: tl.constexpr,
     VEC_V: tl.constexpr,
@@ -802,12 +828,13 @@ def _output(
             b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
         else:
             b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        b_p, b_w = _powers(tl.maximum(b_s * c - b_tau[:, None], 0.0), r, ALPHA)
+        b_p, b_w = _powers(_saturate(b_s * c - b_tau[:, None]), r, ALPHA)
         b_added = _sum_by_thread(_by_thread(b_w))
         b_f += _sum_by_thread(_by_thread(b_p))
         b_g += b_added
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
-        b_wv = tl.dot(b_w.to(b_v.dtype), b_v, b_wv, input_precision=PRECISION)
+        if CORRECTED:
+            b_wv = tl.dot(b_w.to(b_v.dtype), b_v, b_wv, input_precision=PRECISION)
         b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
     return b_f, b_g, b_bits, b_out, b_wv
 
@@ -852,6 +879,7 @@ def entmax_attn_fwd_output(
     HAS_SEQLENS_K: tl.constexpr,
     SIGN: tl.constexpr,
     SAVE: tl.constexpr,
+    CORRECTED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM_V: tl.constexpr,
@@ -867,7 +895,8 @@ def entmax_attn_fwd_output(
 ):
     """Output of one part of a tile over the listed blocks: tau, out, and for backward LIVE.
 
-    The last step e of tau is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
+    If CORRECTED, the last step e of tau is applied to out itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
+    Else out is divided by the sum of p, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
@@ -908,17 +937,20 @@ def entmax_attn_fwd_output(
     b_f, b_g, b_bits, b_out, b_wv = _output(
         b_q, K, V, WORDS, LIST, 0, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_zero, b_zero, b_no_bits,
         b_out, b_wv, len_k, c, r,
-        ALPHA, False, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        ALPHA, CORRECTED, False, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_f, b_g, b_bits, b_out, b_wv = _output(
         b_q, K, V, WORDS, LIST, whole, count, count, stride_kn, stride_vn, b_seen, b_tau, b_f, b_g, b_bits,
         b_out, b_wv, len_k, c, r,
-        ALPHA, True, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        ALPHA, CORRECTED, True, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_norm = tl.sum(b_f, 1)
     b_slope = tl.sum(b_g, 1)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
-    b_out = b_out - (r * b_step)[:, None] * b_wv
+    if CORRECTED:
+        b_out = b_out - (r * b_step)[:, None] * b_wv
+    else:
+        b_out = b_out / tl.where(b_norm > 0, b_norm, 1.0)[:, None]
     b_nan = tl.where(is_bad, float("nan"), 0.0)
     row = i_bh.to(tl.int64) * seqlen_q * HEAD_DIM_V
     _store_tile(OUT + row, first, seqlen_q, HEAD_DIM_V, b_out + b_nan[:, None], ROWS, HEAD_DIM_V, BLOCK_DV)
@@ -967,7 +999,7 @@ def _u_and_dp(
     else:
         b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
     b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-    return b_k, tl.maximum(b_s * c - b_tau[:, None], 0.0), b_dp
+    return b_k, _saturate(b_s * c - b_tau[:, None]), b_dp
 
 
 @triton.jit
@@ -1125,7 +1157,7 @@ def entmax_attn_bwd_dq(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = sum w dp / sum w per row, beside tau in TAU_DELTA; dq, and the gradient of alpha per row.
+    """delta = sum w dp / sum w per row, beside a finite tau or NaN in TAU_DELTA; dq, and the gradient of alpha per row.
 
     The sums take a pass of their own over the blocks, so that nothing of out's shape is saved for them.
     """
@@ -1175,7 +1207,8 @@ def entmax_attn_bwd_dq(
     b_total = tl.where(b_total > 0, b_total, 1.0)
     b_delta = tl.where(b_seen > 0, tl.sum(b_w_dp, 1) / b_total, 0.0)
     o_pairs = (row + o_rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    tl.store(TAU_DELTA + o_pairs, tl.join(b_tau, b_delta), mask=o_rows[:, None] < seqlen_q)
+    b_pairs = tl.join(tl.where(b_seen > 0, b_tau, LARGE), b_delta)
+    tl.store(TAU_DELTA + o_pairs, b_pairs, mask=o_rows[:, None] < seqlen_q)
 
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     b_dq = _dq(
@@ -1286,12 +1319,11 @@ def _dkv(
         b_q = _signed(b_q, SIGN)
         # [BLOCK_N, ROWS]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        b_z = b_s * c - b_tau[None, :]
+        # A row without a tau takes all that it sees with it.
+        b_u = _saturate(b_s * c - b_tau[None, :]) + (b_tau * 0.0)[None, :]
         if MASKED:
             b_seen = _keys_seen(first + tl.arange(0, ROWS), len_q, len_k, IS_CAUSAL)
-            b_z = tl.where(o_keys[:, None] < b_seen[None, :], b_z, float("-inf"))
-        # A row without a tau takes all that it sees with it.
-        b_u = tl.maximum(b_z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            b_u = tl.where(o_keys[:, None] < b_seen[None, :], b_u, 0.0)
         b_p, b_w = _powers_or_nan(b_u, r, ALPHA)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
@@ -1530,7 +1562,7 @@ def entmax_rows_fwd(
         for first in range(0, n, BLOCK):
             o_n = first + o_block
             b_x = tl.load(X + o_n.to(tl.int64) * stride_xn, mask=o_n < n, other=float("-inf")).to(tl.float32)
-            b_p, b_w = _powers(tl.maximum((b_x - top) * exponent - tau, 0.0), r, ALPHA)
+            b_p, b_w = _powers(_saturate((b_x - top) * exponent - tau), r, ALPHA)
             b_f += b_p
             b_g += b_w
         step = _newton_step(tl.sum(b_f, 0), tl.sum(b_g, 0), r, ALPHA)
@@ -1541,7 +1573,7 @@ def entmax_rows_fwd(
     for first in range(0, n, BLOCK):
         o_n = first + o_block
         b_x = tl.load(X + o_n.to(tl.int64) * stride_xn, mask=o_n < n, other=float("-inf")).to(tl.float32)
-        b_p, _ = _powers(tl.maximum((b_x - top) * exponent - tau, 0.0), r, ALPHA)
+        b_p, _ = _powers(_saturate((b_x - top) * exponent - tau), r, ALPHA)
         tl.store(P + o_n, (b_p + nan).to(P.dtype.element_ty), mask=o_n < n)
 
 

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& u = s[row / 2][n][row % 2 * 2 + e];
-          u = fmaxf(u * c - tau[row], 0.0f);
+          u = saturate(u * c - tau[row]);
         }
   };
   // ds from dp, in its place.

@@ -12,7 +12,7 @@ __device__ __forceinline__ void weigh(float (&p)[M][N][4], float (&w)[M][N][4], 
     for (int n = 0; n < N; n++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const float u = fmaxf(p[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f);
+        const float u = saturate(p[row / 2][n][row % 2 * 2 + e] * c - tau[row]);
         powers<ALPHA>(u, r, p[row / 2][n][row % 2 * 2 + e], w[row / 2][n][row % 2 * 2 + e]);
       }
 }
@@ -48,7 +48,7 @@ __device__ __forceinline__ bool pack_weights(Weights<T, N>& weights, const float
     for (int n = 0; n < 2; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        powers<ALPHA>(fmaxf(s[0][2 * step + n][e] * c - tau[e / 2], 0.0f), r, p[0][n][e], w[0][n][e]);
+        powers<ALPHA>(saturate(s[0][2 * step + n][e] * c - tau[e / 2]), r, p[0][n][e], w[0][n][e]);
         f[e / 2] += p[0][n][e];
         added[e / 2] += w[0][n][e];
       }

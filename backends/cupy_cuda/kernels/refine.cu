@@ -81,7 +81,7 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& 
 #pragma unroll
       for (int row = 0; row < 2; row++) {
         float p, w;
-        powers<ALPHA>(fmaxf(entries.u_of(row, i, c, tau[row]), 0.0f), r, p, w);
+        powers<ALPHA>(saturate(entries.u_of(row, i, c, tau[row])), r, p, w);
         f[row] += p;
         g[row] += w;
       }
@@ -213,7 +213,7 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float p, w;
-        powers<ALPHA>(fmaxf(s[row / 2][n][row % 2 * 2 + e] * c - tau[row], 0.0f), r, p, w);
+        powers<ALPHA>(saturate(s[row / 2][n][row % 2 * 2 + e] * c - tau[row]), r, p, w);
         f[row] += p;
         added += w;
       }

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
     float f = 0, g = 0;
     for (long long i = threadIdx.x; i < params.n; i += ROW_THREADS) {
       float p, w;
-      powers<ALPHA>(fmaxf((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau, 0.0f), r, p, w);
+      powers<ALPHA>(saturate((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau), r, p, w);
       f += p;
       g += w;
     }
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
   }
   for (long long i = threadIdx.x; i < params.n; i += ROW_THREADS) {
     float p, w;
-    powers<ALPHA>(fmaxf((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau, 0.0f), r, p, w);
+    powers<ALPHA>(saturate((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau), r, p, w);
     p_row[i] = from_float<T>(has_bad ? not_a_number() : p);
   }
 }

@@ -70,6 +70,31 @@ __global__ void __launch_bounds__(CHECK_THREADS, 8) entmax_attn_check_keys(const
 constexpr int KEPT = 4;
 constexpr int BOUND_EVERY = 1024;
 
+// The larger one. Numbers that are not negative have the order of their bits, and of integers the compiler takes the
+// larger of three at once; of two negative numbers it may be the smaller one then.
+template <bool POSITIVE>
+__device__ __forceinline__ float larger(float x, float y) {
+  if constexpr (POSITIVE) return __int_as_float(max(__float_as_int(x), __float_as_int(y)));
+  return fmaxf(x, y);
+}
+
+// The largest scores of each row in each of BLOCKS blocks.
+template <bool POSITIVE, int BLOCKS, int M, int N>
+__device__ __forceinline__ void maxima(float (&largest)[BLOCKS][2 * M], const float (&s)[M][N][4]) {
+#pragma unroll
+  for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+    for (int row = 0; row < 2 * M; row++) {
+      float& maximum = largest[block][row];
+      maximum = -infinity();
+#pragma unroll
+      for (int n = 0; n < N / BLOCKS; n++) {
+        const float* pair = s[row / 2][block * (N / BLOCKS) + n] + row % 2 * 2;
+        maximum = larger<POSITIVE>(larger<POSITIVE>(maximum, pair[0]), pair[1]);
+      }
+    }
+}
+
 // One Newton step towards tau of the kept maxima, a subset of the scores: a lower bound of tau.
 template <int ALPHA>
 __device__ __forceinline__ float raise_by_maxima(float tau, const float (&kept)[KEPT], float c, float r) {
@@ -77,7 +102,7 @@ __device__ __forceinline__ float raise_by_maxima(float tau, const float (&kept)[
 #pragma unroll
   for (int i = 0; i < KEPT; i++) {
     float p, w;
-    powers<ALPHA>(fmaxf(kept[i] * c - tau, 0.0f), r, p, w);
+    powers<ALPHA>(saturate(kept[i] * c - tau), r, p, w);
     f += p;
     g += w;
   }
@@ -105,7 +130,7 @@ __device__ __forceinline__ float bound_by_histogram(int* bins, const float (&kep
     for (int i = 0; i < BINS / 4; i++) {
       const int bin = lane_of() % 4 * (BINS / 4) + i;
       float p, w;
-      powers<ALPHA>(fmaxf(static_cast<float>(bin) / BINS - shift, 0.0f), r, p, w);
+      powers<ALPHA>(saturate(static_cast<float>(bin) / BINS - shift), r, p, w);
       f += bins[bin] * p;
       g += bins[bin] * w;
     }
@@ -198,20 +223,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
     for (int row = 0; row < R; row++) largest[block][row] = -infinity();
+  bool is_positive = false;  // the bound of each row of the warp: scores below 0 do not count then
   auto take_maxima = [&](float(&s)[M][N][4], int i) {
     if (i < n_masked) mask_scores<M, N>(s, tile.first, step_of(i) * KEYS, tile.lengths, params.is_causal);
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++)
-#pragma unroll
-      for (int row = 0; row < R; row++) {
-        float& maximum = largest[block][row];
-        maximum = -infinity();
-#pragma unroll
-        for (int n = 0; n < N / BLOCKS; n++) {
-          const float* pair = s[row / 2][block * (N / BLOCKS) + n] + row % 2 * 2;
-          maximum = fmaxf(maximum, fmaxf(pair[0], pair[1]));
-        }
-      }
+    if (is_positive) {
+      maxima<true>(largest, s);
+    } else {
+      maxima<false>(largest, s);
+    }
   };
   bool has_news = false;  // for the bound
   auto use_maxima = [&](int i) {
@@ -237,11 +256,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     }
     if (has_news && (i % (BOUND_EVERY / KEYS) == 0 || i < n_masked)) {
       has_news = false;
+      bool has_negative = false;
 #pragma unroll
       for (int row = 0; row < R; row++) {
         tau[row] = fmaxf(tau[row], quad_max(kept[row][0]) * c - 1);
         tau[row] = raise_by_maxima<ALPHA>(tau[row], kept[row], c, r);
+        has_negative |= tau[row] < 0;
       }
+      is_positive = !any_sync(has_negative);
     }
   };
   pipeline<STAGES, WGMMA>(
