@@ -76,8 +76,8 @@ DISTURBED = 1.5
 STAGES = {
     "scan": ("_fwd_scan", 1),
     "refine": ("_fwd_refine", 0),
-    "output": ("_fwd_output", 4),
-    "dq": ("_bwd_dq", 3),
+    "output": ("_fwd_output", 2),
+    "dq": ("_bwd_dq", 5),
     "dkv": ("_bwd_dkv", 4),
     "dq by entries": ("_bwd_dq_entries", 0),
     "dkv by entries": ("_bwd_dkv_entries", 0),
