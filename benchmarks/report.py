@@ -72,7 +72,8 @@ TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": 
 # Of the 80% and the 20% quantile of a ratio on a GPU, from where on it is left out.
 DISTURBED = 1.5
 
-# Stage: how the name of its kernel ends, and how many products of its blocks it cannot do without.
+# Stage: how the name of its kernel ends, and how many products of its blocks it cannot do without: those of Triton in
+# bfloat16, as the others' are not told.
 STAGES = {
     "scan": ("_fwd_scan", 1),
     "refine": ("_fwd_refine", 0),
@@ -684,7 +685,7 @@ def _kernel_sections(path: Path) -> Iterator[str]:
     yield (
         f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
         "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over live blocks "
-        "(128 x 64) output four, dq three, dkv four. refine takes one for each of its passes, which are not counted. "
+        "(128 x 64) output two, dq five, dkv four. refine takes one for each of its passes, which are not counted. "
         "Where a backend takes tiles by their entries, refine has their output too, and only the scan's rate is given. "
         "The last column is forward + backward in units of FlashAttention-2's time in the same run: less is better."
     )
