@@ -34,7 +34,7 @@ SLOTS = 512
 
 # What may be left of tau's error when the output pass begins, in units of the mean u, and the passes that finding it
 # may take. The output pass ends it. Where the dtype would show the error, out is corrected by a product of its own,
-# which squares it (kernels.py): in bfloat16 the worst row of a tile is off by a quarter of its last bit, others by less.
+# which squares it (kernels.py); in bfloat16 a tile's worst row is off by a quarter of its last bit, others by less.
 # On float32 at alpha = 2 the bound is that of rounding.
 TARGET = {torch.float16: 1e-3, torch.bfloat16: 5e-4, torch.float32: 1e-6}
 CORRECTED = (torch.float16, torch.float32)
