@@ -41,7 +41,7 @@ def test_attention(target, case):
     assert_attention(target.serving(request), request, dout)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("alpha", [1.5, 2.0, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.1, 1.75))])
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kind_of_input(target, dtype, kind, alpha):
@@ -57,7 +57,7 @@ def test_alpha_per_head(target, kind):
     assert_attention(target.serving(request), request, dout)
 
 
-@pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, 4100])
+@pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, pytest.param(4100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["iid", "narrow", "topics"])
 def test_many_keys(target, kind, seqlen_k):
     case = Case(70, seqlen_k, head_dim=64, head_dim_v=40, kind=kind, is_causal=True, group=2)

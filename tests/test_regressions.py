@@ -98,6 +98,7 @@ def test_gradients_at_default_settings(target, kind, dtype):
             assert error <= ROUNDINGS[quantity] / 8 * torch.finfo(dtype).eps, f"{quantity}: relative error {error:.2e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.5, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_near_uniform_weights_over_many_keys(target, dtype, alpha):
