@@ -57,7 +57,9 @@ def test_alpha_per_head(target, kind):
     assert_attention(target.serving(request), request, dout)
 
 
-@pytest.mark.parametrize("seqlen_k", [1023, 1024, 1025, 2049, pytest.param(4100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seqlen_k", [1023, 1024, 1025, *(pytest.param(n, marks=pytest.mark.slow) for n in (2049, 4100))]
+)
 @pytest.mark.parametrize("kind", ["iid", "narrow", "topics"])
 def test_many_keys(target, kind, seqlen_k):
     case = Case(70, seqlen_k, head_dim=64, head_dim_v=40, kind=kind, is_causal=True, group=2)
