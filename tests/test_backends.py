@@ -27,7 +27,8 @@ from adasplash2.testing import (
     run_attention,
 )
 
-ALPHAS = (1.5, 2.0, 1.1, 1.75)
+FAST_ALPHAS, OTHER_ALPHAS = (1.5, 2.0), (1.1, 1.75)
+ALPHAS = FAST_ALPHAS + OTHER_ALPHAS
 
 
 @given(case=cases())
@@ -41,7 +42,9 @@ def test_attention(target, case):
     assert_attention(target.serving(request), request, dout)
 
 
-@pytest.mark.parametrize("alpha", [1.5, 2.0, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in (1.1, 1.75))])
+@pytest.mark.parametrize(
+    "alpha", [*FAST_ALPHAS, *(pytest.param(alpha, marks=pytest.mark.slow) for alpha in OTHER_ALPHAS)]
+)
 @pytest.mark.parametrize("kind", INPUT_KINDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_kind_of_input(target, dtype, kind, alpha):

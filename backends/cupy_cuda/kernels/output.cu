@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   __syncthreads();
   apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
-  // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
+  // A row whose tau is NaN has no u above 0: saturate makes it 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
 #pragma unroll

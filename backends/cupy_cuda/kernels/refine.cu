@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   load_queries();
   if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
 
-  // A row whose tau is NaN has no u above 0: fmaxf takes the other number.
+  // A row whose tau is NaN has no u above 0: saturate makes it 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
   auto load_tau = [&]() {
