@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from .config import (
     head_class,
     shared_memory,
 )
-from .launcher import CupyLauncher, unavailable_reason
+from .launcher import CupyLauncher, Record, unavailable_reason
 
 __all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
 
@@ -75,7 +76,10 @@ def _struct(pointers: Sequence[str], longs: Sequence[str], floats: Sequence[str]
 # As the kernels declare them (common.cuh, rows.cu).
 PARAMS = _struct(_pointers, _strides, ("alpha", "scale", "target"), _integers)
 ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha",))
-
+_LAYOUTS = {
+    name: (*(stride for stride in _strides if stride.startswith(f"stride_{name}")), f"aligned_{name}")
+    for name in "qkvo"
+}
 
 _SOURCES = {
     "entmax_attn_decode_scan": "decode.cu",
@@ -98,7 +102,13 @@ class Launcher(Protocol):
     """Runs a kernel on tensors that the caller keeps alive."""
 
     def launch(
-        self, source: str, kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: np.void
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        args: Record,
     ) -> None:
         """Put a kernel on torch's current stream.
 
@@ -108,39 +118,60 @@ class Launcher(Protocol):
             grid: programs along x, y and z.
             block: threads along x, y and z.
             shared_bytes: dynamic shared memory of a program.
-            args: the kernel's one argument, a record of ``PARAMS`` or ``ROW_PARAMS``.
+            args: the kernel's one argument, of ``PARAMS`` or ``ROW_PARAMS``.
         """
 
 
-def _record(kind: np.dtype[Any], values: dict[str, Any]) -> np.void:
-    record = np.zeros((), kind)
-    for name, value in values.items():
-        if value is not None:
-            record[name] = value.data_ptr() if isinstance(value, Tensor) else value
-    return cast(np.void, record[()])
+def _record(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
+    """What is not among the values, or None, is 0."""
+    given = map(values.get, cast(tuple[str, ...], kind.names))
+    return np.array(tuple([v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in given]), kind)
 
 
 def _readable(t: Tensor) -> Tensor:
     """The tensor with dense rows: a copy only where it has none."""
-    t = t.detach()
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.detach().contiguous()
 
 
 def _layout(name: str, t: Tensor) -> dict[str, int]:
     """Strides of batch, heads and rows (those of a dimension of size 1 are never used), and alignment to 16 bytes."""
-    steps = [stride if size > 1 else 0 for size, stride in zip(t.shape[:3], t.stride()[:3], strict=True)]
-    per_chunk = 16 // t.element_size()
-    aligned = t.data_ptr() % 16 == 0 and all(step % per_chunk == 0 for step in (*steps, t.shape[-1]))
-    axes = "bhm" if name in "qo" else "bhn"
-    return {f"stride_{name}{axis}": step for axis, step in zip(axes, steps, strict=True)} | {
-        f"aligned_{name}": int(aligned)
-    }
+    *sizes, width = t.shape
+    steps = [stride if size > 1 else 0 for size, stride in zip(sizes, t.stride(), strict=False)]
+    places = functools.reduce(operator.or_, steps, width) * t.element_size() | t.data_ptr()
+    return dict(zip(_LAYOUTS[name], (*steps, places % 16 == 0), strict=True))
 
 
+@functools.cache
 def _of(name: str, *values: Any) -> str:
     """The instantiation of a kernel."""
     texts = (str(value).lower() if isinstance(value, bool) else str(value) for value in values)
     return f"{name}<{', '.join(texts)}>"
+
+
+class _Kernel(NamedTuple):
+    """An instantiation, and what one of its programs takes."""
+
+    name: str
+    warps: int
+    shared_bytes: int
+
+
+@functools.cache
+def _kernel(dtype: torch.dtype, head: int, capability: tuple[int, int], stage: str, name: str, *values: Any) -> _Kernel:
+    """Of a stage, or of what follows it by entries; ``values`` are its template's first."""
+    config = cast(Config, configure(dtype, head, capability))
+    tail: tuple[int, ...]
+    if stage in ENTRY_WARPS:
+        warps = ENTRY_WARPS[stage]
+        tail = (warps,)
+    else:
+        launch: Launch = getattr(config, stage)
+        warps = launch.warps
+        tail = (launch.columns, warps, launch.stages, launch.programs)
+        if name != "entmax_attn_support":
+            tail += (launch.wgmma,)
+    instantiation = _of(name, _TYPES[dtype], head, *values, config.block_m, config.block_n, *tail)
+    return _Kernel(instantiation, warps, shared_memory(config, stage, dtype))
 
 
 def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -154,6 +185,7 @@ class _Call:
         self.request = request
         self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
         self.config = backend.config_of(request)
+        self.setting = backend.setting_of(request)
         self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
         self.has_entries = self.config.entries and self.n_blocks <= ENTRY_BLOCKS
         self.programs = request.batch * request.heads_q * self.n_tiles
@@ -246,7 +278,7 @@ class CupyBackend:
         for name, size in (("head_dim", request.head_dim), ("head_dim_v", request.head_dim_v)):
             if size > 256:
                 reasons += (f"got {name}={size}; needs at most 256",)
-        if not reasons and self._configure(request) is None:
+        if not reasons and configure(*self.setting_of(request)) is None:
             device = "{}.{}".format(*self._capability_of(request.q.device))
             wide = max(request.head_dim, request.head_dim_v)
             reasons += (f"got a head of {wide} {request.q.dtype} on compute capability {device}; needs at most 128",)
@@ -272,14 +304,15 @@ class CupyBackend:
     def _capability_of(self, device: torch.device) -> tuple[int, int]:
         return self._capability or _capability_of(device)
 
-    def _configure(self, request: AttentionRequest) -> Config | None:
+    def setting_of(self, request: AttentionRequest) -> tuple[torch.dtype, int, tuple[int, int]]:
+        """What ``configure`` takes."""
         # While a graph is traced, sizes are symbols; kernels are compiled for the heads' sizes, so these are fixed.
         head = head_class(int(request.head_dim), int(request.head_dim_v))
-        return configure(request.q.dtype, head, self._capability_of(request.q.device))
+        return request.q.dtype, head, self._capability_of(request.q.device)
 
     def config_of(self, request: AttentionRequest) -> Config:
         """How a call that has no reason against it is cut up."""
-        config = self._configure(request)
+        config = configure(*self.setting_of(request))
         if config is None:
             raise ValueError("; ".join(self.unsupported_reasons(request)))
         return config
@@ -294,30 +327,16 @@ class CupyBackend:
             live_blocks(request, *_tiles_and_blocks(request, self.config_of(request))),
         ]
 
-    def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: np.void) -> None:
+    def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: Record) -> None:
         source = _SOURCES[kernel.partition("<")[0]]
         self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record)
 
-    def _launch_stage(self, call: _Call, stage: str, name: str, programs: int, record: np.void, *values: Any) -> None:
-        """A kernel by one of the configuration's ``Launch``; ``values`` are its template's first."""
-        config = call.config
-        launch: Launch = getattr(config, stage)
-        sizes = (config.block_m, config.block_n, launch.columns, launch.warps, launch.stages, launch.programs)
-        units = () if name == "entmax_attn_support" else (launch.wgmma,)
-        self._launch(
-            _of(name, call.dtype, config.head, *values, *sizes, *units),
-            programs,
-            launch.warps,
-            shared_memory(config, stage, call.q.dtype),
-            record,
-        )
-
-    def _launch_entries(self, call: _Call, kernel: str, programs: int, record: np.void, *values: Any) -> None:
-        config = call.config
-        warps = ENTRY_WARPS[kernel]
-        sizes = (config.block_m, config.block_n, warps)
-        name = _of(f"entmax_attn_bwd_{kernel}", call.dtype, config.head, *values, *sizes)
-        self._launch(name, programs, warps, shared_memory(config, kernel, call.q.dtype), record)
+    def _launch_stage(
+        self, call: _Call, stage: str, name: str, programs: int, record: Record, *values: int | str
+    ) -> None:
+        """A kernel as the configuration has it; ``values`` are its template's first."""
+        kernel, warps, shared_bytes = _kernel(*call.setting, stage, name, *values)
+        self._launch(kernel, programs, warps, shared_bytes, record)
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(self, request)
@@ -441,11 +460,13 @@ class CupyBackend:
             programs = call.programs * call.config.parts("dq")
             self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, dalpha is not None)
             if call.has_entries:
-                self._launch_entries(call, "dq_entries", call.programs, record, alpha, dalpha is not None)
+                name = "entmax_attn_bwd_dq_entries"
+                self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, dalpha is not None)
             blocks = request.batch * request.heads_kv * call.n_blocks
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
             if call.has_entries:
-                self._launch_entries(call, "dkv_entries", 2 * blocks, record)  # dk's and dv's
+                blocks *= 2  # dk's and dv's
+                self._launch_stage(call, "dkv_entries", "entmax_attn_bwd_dkv_entries", blocks, record)
         summed = None if dalpha is None else dalpha.sum((0, 2), dtype=torch.float64)
         return AttentionGrads(dq, dk, dv, in_dtype_of(request.alpha_heads, summed))
 

@@ -120,6 +120,7 @@ def leads(request: AttentionRequest) -> bool:
     )
 
 
+@functools.cache
 def head_class(head_dim: int, head_dim_v: int) -> int:
     """The channels that the kernels are compiled for."""
     return next(size for size in HEAD_CLASSES if max(head_dim, head_dim_v) <= size)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["KERNELS", "CupyLauncher", "options", "unavailable_reason"]
+__all__ = ["KERNELS", "CupyLauncher", "Record", "options", "unavailable_reason"]
 
 KERNELS = Path(__file__).parent / "kernels"
+
+# The one argument of a kernel: an array of no dimensions, with a field for each member of the structure.
+Record: TypeAlias = npt.NDArray[np.void]
 
 
 @functools.cache
@@ -40,23 +44,43 @@ class CupyLauncher:
         self._functions: dict[tuple[int, str], Any] = {}
 
     def launch(
-        self, source: str, kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: np.void
+        self,
+        source: str,
+        kernel: str,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared_bytes: int,
+        args: Record,
     ) -> None:
-        import cupy
+        stream = torch.cuda.current_stream()
+        index = stream.device_index
+        key = index, kernel
+        function = self._functions.get(key)
+        if function is None:
+            function = self._functions[key] = _load(source, kernel, shared_bytes)
+        # CuPy passes an array of NumPy's by value.
+        function(grid, block, (args,), shared_mem=shared_bytes, stream=_stream_at(stream.cuda_stream, index))
 
-        index = torch.cuda.current_device()
-        with cupy.cuda.Device(index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream, index):
-            function = self._functions.get((index, kernel))
-            if function is None:
-                module = cupy.RawModule(
-                    code=_sources()[source],
-                    options=options(torch.cuda.get_device_capability(index)),
-                    name_expressions=(kernel,),
-                )
-                function = self._functions[index, kernel] = module.get_function(kernel)
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            # CuPy passes an array of NumPy's by value.
-            function(tuple(grid), tuple(block), (np.asarray(args),), shared_mem=shared_bytes)
+
+@functools.lru_cache(maxsize=256)
+def _stream_at(address: int, index: int) -> Any:
+    """CuPy's view of a stream of the current device, whose index it is. Not every torch has the protocol itself."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, address)))
+
+
+def _load(source: str, kernel: str, shared_bytes: int) -> Any:
+    import cupy
+
+    module = cupy.RawModule(
+        code=_sources()[source],
+        options=options(torch.cuda.get_device_capability()),
+        name_expressions=(kernel,),
+    )
+    function = module.get_function(kernel)
+    function.max_dynamic_shared_size_bytes = shared_bytes
+    return function
 
 
 def unavailable_reason() -> str | None:
