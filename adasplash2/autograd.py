@@ -226,7 +226,7 @@ class _Attention(_FirstOrder):
         out, tau, saved = run(request, backend)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(tau)
-        ctx.save_for_backward(*(getattr(request, name) for name in _TENSORS), tau, *saved)
+        ctx.save_for_backward(*(getattr(request, name) for name in _TENSORS), out, tau, *saved)
         ctx.options = {name: getattr(request, name) for name in _OPTIONS}
         ctx.backend = backend
         # A list passes through untouched: autograd does not see the saved tensors.
@@ -237,23 +237,25 @@ class _Attention(_FirstOrder):
         dinputs: list[Tensor | None] = [None] * len(_DIFFERENTIABLE)
         if dout is not None:
             tensors = ctx.saved_tensors
-            inputs, (tau, *saved) = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
+            inputs, (out, tau, *saved) = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
             request = AttentionRequest(**dict(zip(_TENSORS, inputs, strict=True)), **ctx.options)
             if _is_direct(dout, *inputs):
-                return None, None, None, *ctx.backend.backward(request, tau, saved, dout)
-            arguments = (dout, tau, saved, *_arguments(request), ctx.backend.name)
+                return None, None, None, *ctx.backend.backward(request, out, tau, saved, dout)
+            arguments = (dout, out, tau, saved, *_arguments(request), ctx.backend.name)
             grads = iter(_gradients(_attention_backward_op, _attention_backward, (dout, *inputs), *arguments))
             dinputs = [None if getattr(request, name) is None else next(grads) for name in _DIFFERENTIABLE]
         return None, None, None, *dinputs
 
 
-def _attention_backward(dout: Tensor, tau: Tensor, saved: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def _attention_backward(dout: Tensor, out: Tensor, tau: Tensor, saved: Sequence[Tensor], *args: Any) -> list[Tensor]:
     request = AttentionRequest(*args[:-1])
-    grads = registry.resolve(request, args[-1]).backward(request, tau, saved, dout)
+    grads = registry.resolve(request, args[-1]).backward(request, out, tau, saved, dout)
     return [grad for grad in grads if grad is not None]
 
 
-def _attention_backward_fake(dout: Tensor, tau: Tensor, saved: Sequence[Tensor], *args: Any) -> list[Tensor]:
+def _attention_backward_fake(
+    dout: Tensor, out: Tensor, tau: Tensor, saved: Sequence[Tensor], *args: Any
+) -> list[Tensor]:
     request = AttentionRequest(*args[:-1])
     inputs = [getattr(request, name) for name in _DIFFERENTIABLE]
     return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
@@ -403,14 +405,14 @@ def _attention_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any,
 
 
 def _attention_backward_vmap(info: Any, in_dims: Sequence[Any], *args: Any) -> tuple[Any, Any]:
-    size, ((dout, tau, saved), (dout_dim, tau_dim, _)) = info.batch_size, (args[:3], in_dims[:3])
-    folded = _folded_request(size, in_dims[3:-1], args[3:-1])
-    # A tau that is the same for all is of a forward that was not mapped over.
-    if folded is None or tau_dim is None:
+    size, (*results, saved), dims = info.batch_size, args[:4], in_dims[:3]
+    folded = _folded_request(size, in_dims[4:-1], args[4:-1])
+    # An out or a tau that is the same for all is of a forward that was not mapped over.
+    if folded is None or None in dims[1:]:
         return _one_by_one(_attention_backward_op, size, in_dims, args)
     request, into = folded
-    dout, tau = _fold(dout, dout_dim, size, into), _fold(tau, tau_dim, size, into)
-    grads = _attention_backward_op(dout, tau, saved, *request, args[-1])
+    folded_results = (_fold(result, dim, size, into) for result, dim in zip(results, dims, strict=True))
+    grads = _attention_backward_op(*folded_results, saved, *request, args[-1])
     places = [into, into, into, 0][: len(grads)]
     return [_unfold(grad, size, place) for grad, place in zip(grads, places, strict=True)], places
 
@@ -468,7 +470,7 @@ _attention_op = _define(
     _attention_vmap,
 )
 _attention_backward_op = _define(
-    f"attention_backward(Tensor dout, Tensor tau, Tensor[] saved, {_schema(AttentionRequest)}, str backend)"
+    f"attention_backward(Tensor dout, Tensor out, Tensor tau, Tensor[] saved, {_schema(AttentionRequest)}, str backend)"
     " -> Tensor[]",
     _attention_backward,
     _attention_backward_fake,

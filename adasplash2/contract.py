@@ -209,8 +209,10 @@ class Backend(Protocol):
 
     def forward(self, request: AttentionRequest) -> AttentionResult: ...
 
-    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
-        """Gradients of sum(out * dout). ``saved`` is forward's; dout has out's shape and dtype, any strides."""
+    def backward(
+        self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
+    ) -> AttentionGrads:
+        """Gradients of sum(out * dout); out, tau and ``saved`` are forward's, dout has any strides."""
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats: ...
 

@@ -252,7 +252,7 @@ def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Tr
     result = BACKEND.forward(exact)
     values = {"out": result.out, "tau": result.tau}
     if dout is not None:
-        grads = BACKEND.backward(exact, result.tau, result.saved, dout.double())
+        grads = BACKEND.backward(exact, result.out, result.tau, result.saved, dout.double())
         values |= {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
         if grads.dalpha_heads is not None:
             values["dalpha"] = grads.dalpha_heads
@@ -329,7 +329,7 @@ def _add_rms_limits(truth: Truth, request: AttentionRequest, dout: Tensor | None
     result = plain.forward(request)
     actual = {"out": result.out}
     if dout is not None:
-        grads = plain.backward(request, result.tau, result.saved, dout)
+        grads = plain.backward(request, result.out, result.tau, result.saved, dout)
         actual |= {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
     for quantity, value in actual.items():
         if value[0, 0].numel() >= YARDSTICK_ENTRIES:
@@ -410,7 +410,7 @@ def run_attention(backend: Backend, request: AttentionRequest, dout: Tensor | No
         assert saved == announced, f"{backend.name}: forward saved {saved}, saved_like announces {announced}"
     results = {"out": result.out, "tau": result.tau}
     if dout is not None:
-        grads = backend.backward(request, result.tau, result.saved, dout)
+        grads = backend.backward(request, result.out, result.tau, result.saved, dout)
         results |= {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
         if grads.dalpha_heads is not None:
             results["dalpha"] = grads.dalpha_heads

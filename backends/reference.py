@@ -260,7 +260,9 @@ class ReferenceBackend:
         saved = [lams] if request.save_for_backward else []
         return AttentionResult(out.to(request.q.dtype), tau.to(request.tau_dtype), saved)
 
-    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def backward(
+        self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
+    ) -> AttentionGrads:
         dense = Dense(request, self.dtype)
         (lams,) = saved
         dq, dk, dv = torch.zeros_like(dense.q), torch.zeros_like(dense.k), torch.zeros_like(dense.v)

@@ -51,8 +51,8 @@ def calls(device: torch.device, backend: str) -> dict[str, Calls]:
         return adasplash2.attention(*arguments, scale=SCALE, backend=backend)
 
     def both() -> object:
-        _, tau, saved = served.forward(saving)
-        return served.backward(saving, tau, saved, dout)
+        out, tau, saved = served.forward(saving)
+        return served.backward(saving, out, tau, saved, dout)
 
     return {
         "forward": {"front": lambda: front(plain), "backend": lambda: served.forward(request)},

@@ -66,7 +66,7 @@ def record(request: AttentionRequest, dout: torch.Tensor, config: Config) -> dic
     backend._launch = launch_and_keep  # type: ignore[assignment]
     try:
         result = backend.BACKEND.forward(request)
-        backend.BACKEND.backward(request, result.tau, result.saved, dout)
+        backend.BACKEND.backward(request, result.out, result.tau, result.saved, dout)
     finally:
         backend._launch, backend._configure = launch, configure
     return found

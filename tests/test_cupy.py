@@ -84,7 +84,7 @@ def everything(whole: CupyBackend, request: AttentionRequest) -> None:
     """Each kernel once."""
     request = dataclasses.replace(request, save_for_backward=True)
     result = whole.forward(request)
-    whole.backward(request, result.tau, result.saved, torch.zeros_like(result.out))
+    whole.backward(request, result.out, result.tau, result.saved, torch.zeros_like(result.out))
     whole.support(request, 64, 64)
     for group in (1, 2, 4):
         whole.forward(few_queries(request, 16, group))
@@ -298,7 +298,7 @@ def test_launches_of_a_call() -> None:
     request, dout = case.build(CPU)
     request = dataclasses.replace(request, scale=-0.5, save_for_backward=True)
     result = whole.forward(request)
-    grads = whole.backward(request, result.tau, result.saved, dout)
+    grads = whole.backward(request, result.out, result.tau, result.saved, dout)
     config = configure(BF16, 128, (9, 0))
     assert config is not None
     tiles, blocks = -(-300 // config.block_m), -(-500 // config.block_n)

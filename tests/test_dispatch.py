@@ -63,7 +63,7 @@ class FakeBackend:
         rows = (request.batch, request.heads_q, request.seqlen_q)
         return AttentionResult(request.q.new_zeros(*rows, request.head_dim_v), request.q.new_zeros(rows), [])
 
-    def backward(self, request, tau, saved, dout):
+    def backward(self, request, out, tau, saved, dout):
         self.asked.append("backward")
         self.requests.append(request)
         return AttentionGrads(

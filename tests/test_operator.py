@@ -86,7 +86,7 @@ class TestRegistration:
         inputs[-1] = True
         out, tau, saved = OPS.attention.default(*inputs, backend)
         dout = torch.ones_like(out)
-        torch.library.opcheck(OPS.attention_backward.default, (dout, tau, saved, *inputs, backend))
+        torch.library.opcheck(OPS.attention_backward.default, (dout, out, tau, saved, *inputs, backend))
 
     @pytest.mark.parametrize("requires_grad", [True, False])
     @pytest.mark.parametrize("alpha_rows", [None, torch.tensor([1.5, 1.1, 2.0])], ids=["float", "rows"])
@@ -218,11 +218,11 @@ class TestAutograd:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            adasplash2.attention(q, k, v, backend="reference")
+            out = adasplash2.attention(q, k, v, backend="reference")
         pointers = [tensor.data_ptr() for tensor in saved]
-        assert {tensor.data_ptr() for tensor in (q, k, v)} < set(pointers)
+        assert {tensor.data_ptr() for tensor in (q, k, v, out)} < set(pointers)
         rows = [tensor for tensor in saved if tensor.shape == q.shape[:3]]
-        assert len(saved) == 3 + len(rows)  # tau, and what the reference leaves per row
+        assert len(saved) == 4 + len(rows)  # tau, and what the reference leaves per row
 
     def test_the_graph_keeps_nothing_once_its_result_is_gone(self):
         q, k, v = qkv()

@@ -297,3 +297,12 @@ def test_alpha_just_above_1(target):
         near = replace(request, alpha=alpha)
         results = run_attention(target.serving(near), near, dout)
         assert all(result.isfinite().all() for result in results.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_values_with_a_large_common_part(target, dtype):
+    """It cancels in the gradients of q and k, which a sum that is rounded before it is subtracted would not show."""
+    request, dout = Case(130, 190, head_dim=64, head_dim_v=64, dtype=dtype, is_causal=True).build(target.device)
+    common = 32 * torch.randn(64, generator=torch.Generator().manual_seed(1)).to(target.device)
+    request = replace(request, v=(request.v.float() + common).to(dtype))
+    assert_attention(target.serving(request), request, dout)

@@ -40,8 +40,8 @@ def with_results(changes):
         def forward(self, request):
             return changes(super().forward(request))
 
-        def backward(self, request, tau, saved, dout):
-            return changes(super().backward(request, tau, saved, dout))
+        def backward(self, request, out, tau, saved, dout):
+            return changes(super().backward(request, out, tau, saved, dout))
 
     return Changed(torch.float32)
 

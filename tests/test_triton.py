@@ -107,7 +107,7 @@ def run_everything(request: AttentionRequest) -> None:
     whole.forward(dataclasses.replace(request, q=request.q[:, :, :3], **few, seqlens_q=None, seqlens_k=None))
     request = dataclasses.replace(request, save_for_backward=True)
     result = whole.forward(request)
-    whole.backward(request, result.tau, result.saved, torch.zeros_like(result.out))
+    whole.backward(request, result.out, result.tau, result.saved, torch.zeros_like(result.out))
     whole.support(request, 64, 64)
     x = torch.zeros(4, 100, dtype=request.q.dtype)
     alpha_rows = None if request.alpha_heads is None else torch.full((4,), 1.5)
@@ -144,7 +144,7 @@ def test_memory_of_a_training_step(head_dim: int, monkeypatch: pytest.MonkeyPatc
     with Memory() as memory:
         result = TritonBackend().forward(request)
         forward = memory.held
-        grads = TritonBackend().backward(request, result.tau, result.saved, dout)
+        grads = TritonBackend().backward(request, result.out, result.tau, result.saved, dout)
     assert [t.nbytes for t in result.saved] == [blocks]
     assert forward == result.out.nbytes + result.tau.nbytes + blocks
     assert memory.held == forward + q.nbytes + k.nbytes + v.nbytes

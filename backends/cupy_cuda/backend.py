@@ -432,7 +432,9 @@ class CupyBackend:
         )
         return flags, maxima
 
-    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def backward(
+        self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
+    ) -> AttentionGrads:
         call = _Call(self, request)
         with _on_device(call.q):
             return self._backward(call, tau, saved, _readable(dout))

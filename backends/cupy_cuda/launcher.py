@@ -58,8 +58,9 @@ class CupyLauncher:
         function = self._functions.get(key)
         if function is None:
             function = self._functions[key] = _load(source, kernel, shared_bytes)
-        # CuPy passes an array of NumPy's by value.
-        function(grid, block, (args,), shared_mem=shared_bytes, stream=_stream_at(stream.cuda_stream, index))
+        # CuPy passes an array of NumPy's by value; it would take it time to describe the fields.
+        plain = args.view(f"V{args.itemsize}")
+        function(grid, block, (plain,), shared_mem=shared_bytes, stream=_stream_at(stream.cuda_stream, index))
 
 
 @functools.lru_cache(maxsize=256)

@@ -330,7 +330,9 @@ class NumbaBackend:
             call.like,
         )
 
-    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def backward(
+        self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
+    ) -> AttentionGrads:
         call = _Call(request, self._init)
         batch, heads_q, heads_kv, seqlen_q, seqlen_k, dim, dim_v = call.shape
         dq = call.empty(batch, heads_q, seqlen_q, dim)

@@ -367,7 +367,9 @@ class TritonBackend:
             BOUND_EVERY=config.bound_every,
             **shared,
         )
-        shared |= {"LIVE": live, "SAVE": live is not None}
+        corrected = call.q.dtype in CORRECTED
+        slope = None if corrected else torch.empty_like(tau)
+        shared |= {"LIVE": live, "SAVE": live is not None, "CORRECTED": corrected, "SLOPE": slope}
         _launch(
             kernels.entmax_attn_fwd_refine,
             programs,
@@ -382,7 +384,6 @@ class TritonBackend:
             config.output,
             OUT=out,
             TILE_PROGRAMS=config.output_programs,
-            CORRECTED=call.q.dtype in CORRECTED,
             **shared,
             **call.arguments_of_v(),
         )
@@ -443,12 +444,14 @@ class TritonBackend:
         )
         return flags
 
-    def backward(self, request: AttentionRequest, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def backward(
+        self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
+    ) -> AttentionGrads:
         call = _Call(request, self._histogram)
         with _on_device(call.q):
-            return self._backward(call, tau, saved, _readable(dout))
+            return self._backward(call, out.contiguous(), tau.contiguous(), saved, _readable(dout))
 
-    def _backward(self, call: _Call, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request, config = call.request, call.config
         (live,) = saved
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
@@ -473,12 +476,14 @@ class TritonBackend:
             }
             _launch(
                 kernels.entmax_attn_bwd_dq,
-                call.programs,
+                call.programs * config.dq_programs,
                 config.dq,
+                OUT=out,
                 TAU=tau,
                 DQ=dq,
                 DALPHA=dalpha,
-                LIST=call.list_like(call.programs, call.n_blocks),
+                LIST=call.list_like(call.programs * config.dq_programs, call.n_blocks),
+                TILE_PROGRAMS=config.dq_programs,
                 **shared,
             )
             programs = call.batch * call.heads_kv * call.n_blocks

@@ -40,24 +40,25 @@ class Config:
     Attributes:
         block_m: queries of a tile.
         block_n: keys of a block, the unit that is skipped.
+        scan, refine, output, dq, dkv: of the kernels.
         scan_blocks: blocks that the scan multiplies at once.
         bound_every: products of the scan after which the bound of tau is raised.
-        output_programs: of the output kernel that share a tile.
+        output_programs, dq_programs: of the output and of the dq kernel that share a tile.
         dkv_parts: into how many parts the dkv kernel takes a tile.
-        scan, refine, output, dq, dkv: of the kernels.
     """
 
     block_m: int
     block_n: int
-    scan_blocks: int
-    bound_every: int
-    output_programs: int
-    dkv_parts: int
     scan: Launch
     refine: Launch
     output: Launch
     dq: Launch
     dkv: Launch
+    scan_blocks: int = 1
+    bound_every: int = 4
+    output_programs: int = 1
+    dq_programs: int = 1
+    dkv_parts: int = 1
 
 
 def padded(head_dim: int) -> int:
@@ -82,27 +83,45 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
     if short:
         few = Launch(4, 4 if row <= 128 else 2)
         if row <= 512 and not (is_small and row > 256):
-            return Config(16, 64, 2, 4, 1, 1, few, few, few, few, Launch(4, 2 if row <= 256 else 1))
-        return Config(16, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
+            return Config(16, 64, *[few] * 4, Launch(4, 2 if row <= 256 else 1), scan_blocks=2)
+        return Config(16, 32, *[Launch(4, 1)] * 5)
     if is_small or not is_half:
         if row <= 128:
-            return Config(64, 64, 1, 4, 1, 1, *[Launch(4, 2)] * 5)
+            return Config(64, 64, *[Launch(4, 2)] * 5)
         if row <= 256:
-            block_n = 64 if is_half or not is_small else 32
-            return Config(64, block_n, 1, 4, 1, 1, *[Launch(4, 1 if is_small else 2)] * 5)
-        return Config(32, 32, 1, 4, 1, 1, *[Launch(4, 1)] * 5)
+            return Config(64, 64 if is_half or not is_small else 32, *[Launch(4, 1 if is_small else 2)] * 5)
+        return Config(32, 32, *[Launch(4, 1)] * 5)
     if row <= 128:
         # The corrections of float16 (CORRECTED) need registers of their own.
         programs, output = (1, Launch(8, 3, 128)) if dtype is torch.bfloat16 else (2, Launch(4, 3, 168))
-        forward = Launch(8, 4, 128), Launch(4, 4, 168), output
-        return Config(128, 64, 2, 16, programs, 2, *forward, Launch(8, 3, 128), Launch(4, 4))
+        return Config(
+            128,
+            64,
+            scan=Launch(8, 4, 128),
+            refine=Launch(4, 4, 168),
+            output=output,
+            dq=Launch(4, 3, 200),
+            dkv=Launch(4, 3),
+            scan_blocks=2,
+            bound_every=16,
+            output_programs=programs,
+            dq_programs=2,
+            dkv_parts=2,
+        )
     if row <= 256:
         return Config(
-            128, 64, 2, 8, 1, 4, Launch(8, 2, 128), Launch(8, 2, 128), Launch(8, 3), Launch(8, 3), Launch(4, 4)
+            128,
+            64,
+            scan=Launch(8, 2, 128),
+            refine=Launch(8, 4, 128),
+            output=Launch(8, 3),
+            dq=Launch(8, 3),
+            dkv=Launch(4, 3),
+            scan_blocks=2,
+            bound_every=8,
+            dkv_parts=4,
         )
-    if shared_memory >= 200_000:
-        return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 2)] * 4)
-    return Config(64, 64, 1, 4, 1, 1, Launch(4, 2), *[Launch(8, 1)] * 4)
+    return Config(64, 64, Launch(4, 2), *[Launch(8, 2 if shared_memory >= 200_000 else 1)] * 4)
 
 
 def decode_launch(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[Launch | None, int]:

@@ -87,16 +87,6 @@ def _powers(b_u, r, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _powers_or_nan(b_u, r, ALPHA: tl.constexpr):
-    """The same, but NaN at u = NaN."""
-    b_p, b_w = _powers(b_u, r, ALPHA)
-    if ALPHA != ALPHA_1_5:
-        b_p = tl.where(b_u != b_u, b_u, b_p)
-        b_w = tl.where(b_u != b_u, b_u, b_w)
-    return b_p, b_w
-
-
-@triton.jit
 def _newton_step(b_f, b_g, r, ALPHA: tl.constexpr):
     """The step on the norm of u from f = sum u ** r and g = sum u ** (r - 1): from below it does not pass tau."""
     if ALPHA == ALPHA_1_5:
@@ -606,14 +596,18 @@ def _block_scores(
 
 @triton.jit
 def _by_thread(b_x):
-    """[rows, keys // 8, 4, 2]: of a product, a thread holds all keys of a row that have one index of the 4."""
-    return tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 4, 2])
+    """[rows, 4, keys // 4]: of a product, a thread holds all keys of a row that have one index of the 4.
+
+    Sums over them never leave their thread, and are one chain, in which a sum of products costs no more than a sum.
+    """
+    b_x = tl.permute(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 4, 2]), (0, 2, 1, 3))
+    return tl.reshape(b_x, [b_x.shape[0], 4, b_x.shape[2] * 2])
 
 
 @triton.jit
 def _sum_by_thread(b_x):
-    """[rows, 4] sums that never leave their thread."""
-    return tl.sum(tl.sum(b_x, 3), 1)
+    """[rows, 4] sums."""
+    return tl.sum(_by_thread(b_x), 2)
 
 
 @triton.jit
@@ -661,8 +655,7 @@ def _refine(
         b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
-        b_z = _by_thread(b_s) * c
-        b_p, b_w = _powers(_saturate(b_z - b_tau[:, None, None, None]), r, ALPHA)
+        b_p, b_w = _powers(_saturate(b_s * c - b_tau[:, None]), r, ALPHA)
         b_added = _sum_by_thread(b_w)
         b_f += _sum_by_thread(b_p)
         b_g += b_added
@@ -675,6 +668,7 @@ def entmax_attn_fwd_refine(
     Q,
     K,
     TAU,
+    SLOPE,
     LIVE,
     WORDS,
     LIST,
@@ -714,12 +708,14 @@ def entmax_attn_fwd_refine(
     BLOCK_N: tl.constexpr,
     WORD: tl.constexpr,
     MAX_STEPS: tl.constexpr,
+    CORRECTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Refine over the listed blocks: Newton steps in TAU until the next one is expected to be below ``target``.
 
     What is left of tau's error the output pass finds and corrects. After the first step, the list keeps the blocks that
-    it had found above the bound of the scan. LIVE is cleared for the output pass.
+    it had found above the bound of the scan. LIVE is cleared for the output pass, which is left SLOPE, the sum of w of
+    the last step, unless it is CORRECTED.
     """
     i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
     i_m = n_tiles - 1 - i_turn
@@ -754,6 +750,7 @@ def entmax_attn_fwd_refine(
     tolerance = tl.exp2(tl.log2(target) * tl.maximum(0.5, exponent)) * tl.minimum(2 * exponent, 1.0)
     b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
     b_no_bits = tl.zeros([BLOCK_M, 4], tl.int32)
+    b_slope = tl.zeros([BLOCK_M], tl.float32)
     steps = 0
     largest = 2 * tolerance
     while (steps < MAX_STEPS) & (largest > tolerance):
@@ -777,6 +774,8 @@ def entmax_attn_fwd_refine(
         largest = tl.max(tl.where(b_norm > 0, b_step * b_slope / b_norm, 0.0), 0)
         steps += 1
     tl.store(TAU + o_rows, tl.where(is_bad, float("nan"), b_tau), mask=o_rows < seqlen_q)
+    if not CORRECTED:
+        tl.store(SLOPE + i_bh.to(tl.int64) * seqlen_q + o_rows, b_slope, mask=o_rows < seqlen_q)
     tl.store(COUNTS + 2 * i_tile, whole)
     tl.store(COUNTS + 2 * i_tile + 1, count)
 
@@ -816,7 +815,7 @@ def _output(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum p, sum w, sum p v and sum w v over the listed blocks, and which of them hold support."""
+    """sum p and sum p v over the listed blocks, with CORRECTED sum w and sum w v, and which blocks hold a p > 0."""
     j_next = _next_block(LIST, begin, end)
     for i in tl.range(begin, end):
         j = j_next
@@ -829,11 +828,11 @@ def _output(
         else:
             b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
         b_p, b_w = _powers(_saturate(b_s * c - b_tau[:, None]), r, ALPHA)
-        b_added = _sum_by_thread(_by_thread(b_w))
-        b_f += _sum_by_thread(_by_thread(b_p))
-        b_g += b_added
+        b_added = _sum_by_thread(b_p)
+        b_f += b_added
         b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out, input_precision=PRECISION)
         if CORRECTED:
+            b_g += _sum_by_thread(b_w)
             b_wv = tl.dot(b_w.to(b_v.dtype), b_v, b_wv, input_precision=PRECISION)
         b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
     return b_f, b_g, b_bits, b_out, b_wv
@@ -846,6 +845,7 @@ def entmax_attn_fwd_output(
     V,
     OUT,
     TAU,
+    SLOPE,
     LIVE,
     WORDS,
     LIST,
@@ -896,7 +896,8 @@ def entmax_attn_fwd_output(
     """Output of one part of a tile over the listed blocks: tau, out, and for backward LIVE.
 
     If CORRECTED, the last step e of tau is applied to out itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
-    Else out is divided by the sum of p, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w.
+    Else out is divided by the sum of p, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and
+    the slope, sum w, is that of the step before, from SLOPE.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
@@ -945,7 +946,10 @@ def entmax_attn_fwd_output(
         ALPHA, CORRECTED, True, VEC_K, VEC_V, BLOCK_N, WORD, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_norm = tl.sum(b_f, 1)
-    b_slope = tl.sum(b_g, 1)
+    if CORRECTED:
+        b_slope = tl.sum(b_g, 1)
+    else:
+        b_slope = tl.load(SLOPE + i_bh.to(tl.int64) * seqlen_q + o_rows, mask=o_rows < seqlen_q, other=0.0)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
     if CORRECTED:
         b_out = b_out - (r * b_step)[:, None] * b_wv
@@ -970,40 +974,7 @@ def _surprise(b_y):
 
 
 @triton.jit
-def _u_and_dp(
-    b_q,
-    b_dout,
-    K,
-    V,
-    j,
-    stride_kn,
-    stride_vn,
-    b_seen,
-    b_tau,
-    len_k,
-    c,
-    MASKED: tl.constexpr,
-    VEC_K: tl.constexpr,
-    VEC_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """k, u and dp = dout . v of block j."""
-    b_s, b_k = _block_scores(b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
-    if MASKED:
-        b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-    else:
-        b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
-    return b_k, _saturate(b_s * c - b_tau[:, None]), b_dp
-
-
-@triton.jit
-def _dp_sums(
+def _dq(
     b_q,
     b_dout,
     K,
@@ -1015,8 +986,11 @@ def _dp_sums(
     stride_vn,
     b_seen,
     b_tau,
+    b_shift,
     b_w_sum,
     b_w_dp,
+    b_wdp_k,
+    b_w_k,
     b_phi_sum,
     b_y_sum,
     b_b_dp,
@@ -1036,72 +1010,39 @@ def _dp_sums(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum w and sum w dp over the listed blocks; with alpha per head also the other sums of its gradient."""
+    """sum w, sum w dp, sum w dp k and sum w k over the listed blocks, where dp = dout . v - shift.
+
+    With alpha per head also the other sums of its gradient.
+    """
     j_next = _next_block(LIST, begin, end)
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        _b_k, b_u, b_dp = _u_and_dp(
-            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
-            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-        )  # fmt: skip
+        b_s, b_k = _block_scores(
+            b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
+        )
+        if MASKED:
+            b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+        else:
+            b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_shift[:, None]
+        b_u = _saturate(b_s * c - b_tau[:, None])
         b_p, b_w = _powers(b_u, r, ALPHA)
-        b_w_sum += _sum_by_thread(_by_thread(b_w))
-        b_w_dp += _sum_by_thread(_by_thread(b_w * b_dp))
+        b_wdp = b_w * b_dp
+        b_w_sum += _sum_by_thread(b_w)
+        b_w_dp += _sum_by_thread(b_wdp)
+        b_wdp_k = tl.dot(b_wdp.to(b_k.dtype), b_k, b_wdp_k, input_precision=PRECISION)
+        b_w_k = tl.dot(b_w.to(b_k.dtype), b_k, b_w_k, input_precision=PRECISION)
         if PER_HEAD:
             b_y = tl.where(b_u > 0, -tl.log(tl.where(b_u > 0, b_u, 1.0)), 0.0)
             b_y = tl.maximum(b_y, 0.0)
             b_a = b_p * _surprise(b_y)
             b_dp = tl.where(b_u > 0, b_dp, 0.0)
-            b_phi_sum += _sum_by_thread(_by_thread(b_a))
-            b_y_sum += _sum_by_thread(_by_thread(b_p * b_y))
-            b_b_dp += _sum_by_thread(_by_thread(b_p * (1 + b_y) * b_dp))
-            b_a_dp += _sum_by_thread(_by_thread(b_a * b_dp))
-    return b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
-
-
-@triton.jit
-def _dq(
-    b_q,
-    b_dout,
-    K,
-    V,
-    LIST,
-    begin,
-    end,
-    stride_kn,
-    stride_vn,
-    b_seen,
-    b_tau,
-    b_delta,
-    b_dq,
-    len_k,
-    c,
-    r,
-    ALPHA: tl.constexpr,
-    MASKED: tl.constexpr,
-    VEC_K: tl.constexpr,
-    VEC_V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """sum ds k over the listed blocks."""
-    j_next = _next_block(LIST, begin, end)
-    for i in tl.range(begin, end):
-        j = j_next
-        j_next = _next_block(LIST, i + 1, end)
-        b_k, b_u, b_dp = _u_and_dp(
-            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
-            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-        )  # fmt: skip
-        _b_p, b_w = _powers(b_u, r, ALPHA)
-        b_ds = b_w * (b_dp - b_delta[:, None])
-        b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    return b_dq
+            b_phi_sum += _sum_by_thread(b_a)
+            b_y_sum += _sum_by_thread(b_p * b_y)
+            b_b_dp += _sum_by_thread(b_p * (1 + b_y) * b_dp)
+            b_a_dp += _sum_by_thread(b_a * b_dp)
+    return b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -1109,6 +1050,7 @@ def entmax_attn_bwd_dq(
     Q,
     K,
     V,
+    OUT,
     DOUT,
     TAU,
     TAU_DELTA,
@@ -1155,13 +1097,19 @@ def entmax_attn_bwd_dq(
     VEC_O: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TILE_PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = sum w dp / sum w per row, beside a finite tau or NaN in TAU_DELTA; dq, and the gradient of alpha per row.
+    """dq of one part of a tile, the gradient of alpha per row, and delta beside a finite tau or NaN in TAU_DELTA.
 
-    The sums take a pass of their own over the blocks, so that nothing of out's shape is saved for them.
+    With dp = dout . v - shift, delta = shift + rest where rest = sum w dp / sum w, and ds = w (dp - rest) is linear in
+    rest: one pass over the blocks gives rest and dq = sum w dp k - rest sum w k. The shift, dout . out, is close to
+    delta, so that w dp loses no more than ds would when it is rounded.
     """
-    i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
+    ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
+    i_part = tl.program_id(0) % TILE_PROGRAMS
+    programs = tl.num_programs(0) // TILE_PROGRAMS
+    i_bh, i_turn = _turn(tl.program_id(0) // TILE_PROGRAMS, programs, n_tiles, seqlen_k, HEAD_DIM)
     i_m = n_tiles - 1 - i_turn
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
@@ -1176,9 +1124,10 @@ def entmax_attn_bwd_dq(
     V += (i_b * stride_vb + (i_h // group) * stride_vh) * VEC_V
     DOUT += (i_b * stride_ob + i_h * stride_oh) * VEC_O
     LIVE += i_tile * n_blocks
-    LIST += i_tile * n_blocks
+    LIST += (i_tile * TILE_PROGRAMS + i_part) * n_blocks
 
-    o_rows = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = i_m * BLOCK_M + i_part * ROWS
+    o_rows = first + tl.arange(0, ROWS)
     b_seen = _keys_seen(o_rows, len_q, len_k, IS_CAUSAL)
     everyone, anyone = _tile_keys(i_m, len_q, len_k, BLOCK_M, IS_CAUSAL)
     whole, count = _list_blocks(LIST, LIVE, tl.cdiv(anyone, BLOCK_N), everyone // BLOCK_N, True)
@@ -1187,41 +1136,36 @@ def entmax_attn_bwd_dq(
     if IS_CAUSAL:
         first_row = tl.minimum(tl.maximum(len_q - len_k, 0), seqlen_q - 1)
     end_row = tl.maximum(len_q, first_row + 1)
-    b_q = _load_tile(Q, i_m * BLOCK_M, first_row, end_row, stride_qm, VEC_Q, BLOCK_M, HEAD_DIM, BLOCK_D)
-    b_q = _signed(b_q, SIGN)
-    b_dout = _load_tile(DOUT, i_m * BLOCK_M, first_row, end_row, stride_om, VEC_O, BLOCK_M, HEAD_DIM_V, BLOCK_DV)
+    b_q = _signed(_load_tile(Q, first, first_row, end_row, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D), SIGN)
+    b_dout = _load_tile(DOUT, first, first_row, end_row, stride_om, VEC_O, ROWS, HEAD_DIM_V, BLOCK_DV)
+    out_head = OUT + row * HEAD_DIM_V
+    b_out = _load_tile(out_head, first, first_row, end_row, HEAD_DIM_V, 1, ROWS, HEAD_DIM_V, BLOCK_DV)
+    b_shift = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     b_tau = tl.load(TAU + row + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
     is_bad = b_tau != b_tau
-    b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
-    b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
-        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau,
-        b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, len_k, c, r,
+    b_zero = tl.zeros([ROWS, 4], tl.float32)
+    b_wdp_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_w_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
+        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau, b_shift,
+        b_zero, b_zero, b_wdp_k, b_w_k, b_zero, b_zero, b_zero, b_zero, len_k, c, r,
         ALPHA, PER_HEAD, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
-        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau,
-        b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
+    b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
+        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_shift,
+        b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
         ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
     b_total = tl.sum(b_w_sum, 1)
     b_total = tl.where(b_total > 0, b_total, 1.0)
-    b_delta = tl.where(b_seen > 0, tl.sum(b_w_dp, 1) / b_total, 0.0)
+    b_rest = tl.sum(b_w_dp, 1) / b_total
+    b_nan = tl.where(is_bad, float("nan"), 0.0)
+    b_delta = tl.where(b_seen > 0, b_shift + b_rest, 0.0) + b_nan
     o_pairs = (row + o_rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
     b_pairs = tl.join(tl.where(b_seen > 0, b_tau, LARGE), b_delta)
     tl.store(TAU_DELTA + o_pairs, b_pairs, mask=o_rows[:, None] < seqlen_q)
-
-    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    b_dq = _dq(
-        b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq, len_k, c, r,
-        ALPHA, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-    )  # fmt: skip
-    b_dq = _dq(
-        b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_delta, b_dq, len_k, c, r,
-        ALPHA, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
-    )  # fmt: skip
-    b_nan = tl.where(is_bad, float("nan"), 0.0)
-    b_dq = b_dq * (scale * SIGN) + b_nan[:, None]
-    _store_tile(DQ + row * HEAD_DIM, i_m * BLOCK_M, seqlen_q, HEAD_DIM, b_dq, BLOCK_M, HEAD_DIM, BLOCK_D)
+    b_dq = (b_wdp_k - b_rest[:, None] * b_w_k) * (scale * SIGN) + b_nan[:, None]
+    _store_tile(DQ + row * HEAD_DIM, first, seqlen_q, HEAD_DIM, b_dq, ROWS, HEAD_DIM, BLOCK_D)
     if PER_HEAD:
         b_dalpha = tl.sum(b_phi_sum, 1) * tl.sum(b_b_dp, 1) - (1 + tl.sum(b_y_sum, 1)) * tl.sum(b_a_dp, 1)
         b_dalpha = b_dalpha / (b_total * exponent * exponent)
@@ -1319,15 +1263,17 @@ def _dkv(
         b_q = _signed(b_q, SIGN)
         # [BLOCK_N, ROWS]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
-        # A row without a tau takes all that it sees with it.
-        b_u = _saturate(b_s * c - b_tau[None, :]) + (b_tau * 0.0)[None, :]
+        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
+        b_p, b_w = _powers(_saturate(b_s * c - b_tau[None, :]), r, ALPHA)
+        # A row without a tau, and so without a delta, takes all that it sees with it.
+        b_p += (b_tau * 0.0)[None, :]
+        b_ds = b_w * (b_dp - b_delta[None, :])
         if MASKED:
             b_seen = _keys_seen(first + tl.arange(0, ROWS), len_q, len_k, IS_CAUSAL)
-            b_u = tl.where(o_keys[:, None] < b_seen[None, :], b_u, 0.0)
-        b_p, b_w = _powers_or_nan(b_u, r, ALPHA)
+            is_seen = o_keys[:, None] < b_seen[None, :]
+            b_p = tl.where(is_seen, b_p, 0.0)
+            b_ds = tl.where(is_seen, b_ds, 0.0)
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
-        b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        b_ds = b_w * (b_dp - b_delta[None, :])
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
