@@ -78,7 +78,7 @@ STAGES = {
     "scan": ("_fwd_scan", 1),
     "refine": ("_fwd_refine", 0),
     "output": ("_fwd_output", 2),
-    "dq": ("_bwd_dq", 5),
+    "dq": ("_bwd_dq", 4),
     "dkv": ("_bwd_dkv", 4),
     "dq by entries": ("_bwd_dq_entries", 0),
     "dkv by entries": ("_bwd_dkv_entries", 0),
@@ -685,7 +685,7 @@ def _kernel_sections(path: Path) -> Iterator[str]:
     yield (
         f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
         "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over live blocks "
-        "(128 x 64) output two, dq five, dkv four. refine takes one for each of its passes, which are not counted. "
+        "(128 x 64) output two, dq and dkv four. refine takes one for each of its passes, which are not counted. "
         "Where a backend takes tiles by their entries, refine has their output too, and only the scan's rate is given. "
         "The last column is forward + backward in units of FlashAttention-2's time in the same run: less is better."
     )

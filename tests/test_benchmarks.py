@@ -320,7 +320,7 @@ def test_kernels_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a-gpu-2026-01-01-kernels.json").write_text(json.dumps(found))
     text = report.kernels(tmp_path)
     pairs = 16 * 8192 * 8193 / 2
-    scan, dq = 2 * 64 * pairs / 200e-6 / 1e12, 0.25 * 5 * 2 * 64 * pairs / 100e-6 / 1e12
+    scan, dq = 2 * 64 * pairs / 200e-6 / 1e12, 0.25 * 4 * 2 * 64 * pairs / 100e-6 / 1e12
     assert f"| topics, 64, 8192, 25% | ours | 200 ({scan:.0f}) |  |  | 100 ({dq:.0f}) |  |  |  | 300 | 0.50 |" in text
     # Of entries no one knows how many products a kernel could not do without.
     assert f"| topics, 64, 8192, 25% | second | 200 ({scan:.0f}) |  |  | 100 |  | 60 |  | 360 | 0.60 |" in text

@@ -209,8 +209,12 @@ def test_every_kernel_compiles(
     assert found >= names_of(kernels)
     assert found - names_of(kernels) == (names_of(decode) if case.dtype.itemsize == 2 else set())
     for kernel, launch, arguments in launched:
-        shared = compile_for(capability, kernel, launch, arguments).metadata.shared
-        assert shared <= SHARED_MEMORY[capability], f"{kernel.fn.__name__}: {shared} bytes of shared memory"
+        name, compiled = kernel.fn.__name__, compile_for(capability, kernel, launch, arguments)
+        shared = compiled.metadata.shared
+        assert shared <= SHARED_MEMORY[capability], f"{name}: {shared} bytes of shared memory"
+        if capability == 90 and arguments.get("BLOCK_M") == 128:
+            # More than a few, and scores move between threads before they are summed: longer than the product takes.
+            assert compiled.asm["ptx"].count("shfl.sync.idx") <= 2, name
 
 
 def _constants(launched: list[tuple[Any, Launch, dict[str, Any]]]) -> Iterator[tuple[Any, ...]]:

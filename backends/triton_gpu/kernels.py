@@ -655,9 +655,10 @@ def _refine(
         b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
-        b_p, b_w = _powers(_saturate(b_s * c - b_tau[:, None]), r, ALPHA)
-        b_added = _sum_by_thread(b_w)
-        b_f += _sum_by_thread(b_p)
+        b_z = _by_thread(b_s) * c
+        b_p, b_w = _powers(_saturate(b_z - b_tau[:, None, None]), r, ALPHA)
+        b_added = tl.sum(b_w, 2)
+        b_f += tl.sum(b_p, 2)
         b_g += b_added
         b_bits = _keep_bits(WORDS, i, i == count - 1, b_bits, b_added, WORD)
     return b_f, b_g, b_bits
@@ -1264,15 +1265,20 @@ def _dkv(
         # [BLOCK_N, ROWS]
         b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
-        b_p, b_w = _powers(_saturate(b_s * c - b_tau[None, :]), r, ALPHA)
-        # A row without a tau, and so without a delta, takes all that it sees with it.
-        b_p += (b_tau * 0.0)[None, :]
-        b_ds = b_w * (b_dp - b_delta[None, :])
+        b_u = _saturate(b_s * c - b_tau[None, :])
+        b_dp -= b_delta[None, :]
         if MASKED:
             b_seen = _keys_seen(first + tl.arange(0, ROWS), len_q, len_k, IS_CAUSAL)
             is_seen = o_keys[:, None] < b_seen[None, :]
-            b_p = tl.where(is_seen, b_p, 0.0)
-            b_ds = tl.where(is_seen, b_ds, 0.0)
+            b_u = tl.where(is_seen, b_u, 0.0)
+            b_dp = tl.where(is_seen, b_dp, 0.0)
+        b_p, b_w = _powers(b_u, r, ALPHA)
+        # A row without a tau, and so without a delta, takes all that it sees with it.
+        if MASKED:
+            b_p += tl.where(is_seen, (b_tau * 0.0)[None, :], 0.0)
+        else:
+            b_p += (b_tau * 0.0)[None, :]
+        b_ds = b_w * b_dp
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
