@@ -7,6 +7,8 @@ or nightly.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import signal
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -106,3 +108,13 @@ def poisoned_allocations() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+            from triton_interpreter import quicken
+
+            quicken(patch)
+        yield patch

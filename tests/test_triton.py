@@ -19,6 +19,8 @@ from adasplash2.testing import assert_attention, assert_close, attention_truth, 
 
 triton = pytest.importorskip("triton")
 
+from triton_interpreter import quicken  # noqa: E402
+
 from adasplash2.backends.triton_gpu import TritonBackend, backend, decode, kernels  # noqa: E402
 from adasplash2.backends.triton_gpu.config import Config, Launch, configure, padded  # noqa: E402
 
@@ -377,6 +379,26 @@ def test_out_without_its_correction(alpha: float, monkeypatch: pytest.MonkeyPatc
     for kind in ("iid", "narrow", "topics", "ties"):
         case = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF, alpha=alpha)
         assert_attention(TritonBackend(), *case.build(device))
+
+
+@pytest.mark.skipif(not is_interpreted, reason="needs Triton's interpreter")
+def test_the_interpreter_as_the_tests_have_it(quick_interpreter: pytest.MonkeyPatch) -> None:
+    """It gives the bits that the interpreter gives as it is shipped."""
+    case = Case(30, 150, head_dim=24, group=2, is_causal=True, alpha=(1.5, 1.2), seqlens_k=(130,))
+    request, dout = case.build(torch.device("cpu"))
+
+    def run() -> list[torch.Tensor]:
+        support = TritonBackend().support(request, 16, 16)
+        return [*run_attention(TritonBackend(), request, dout).values(), support.size, support.block_map]
+
+    quick = run()
+    quick_interpreter.undo()
+    try:
+        as_shipped = run()
+    finally:
+        quicken(quick_interpreter)
+    for one, other in zip(quick, as_shipped, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_configurations_are_pure() -> None:
