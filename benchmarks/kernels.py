@@ -67,7 +67,7 @@ def profiled(call: Callable[[], object]) -> dict[str, float]:
         torch.cuda.synchronize()
     total: dict[str, float] = collections.defaultdict(float)
     for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
             total[kernel_name(event.name)] += event.device_time
     return {name: time / ROUNDS for name, time in total.items()}
 

@@ -25,7 +25,7 @@ import kernels
 import measure
 import report
 import run
-from providers import Provider, Ready
+from providers import Provider, Ready, providers
 from stamp import stamp
 
 CPU = torch.device("cpu")
@@ -36,10 +36,10 @@ TINY = cases.Case("iid", 64, heads=2)
 def results_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one tiny case."""
     path = tmp_path_factory.mktemp("results") / "tiny-2026-01-01.json"
-    providers = ("--provider", "numba", "--provider", "sdpa-f32")
+    two = ("--provider", "numba", "--provider", "sdpa-f32")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cases, "CASES", (TINY,))
-        assert run.main([*providers, "--mode", "fwd_bwd", "--seconds", "0", "--json", str(path)]) == 0
+        assert run.main([*two, "--mode", "fwd_bwd", "--seconds", "0", "--json", str(path)]) == 0
     return path
 
 
@@ -264,7 +264,7 @@ def training_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("results") / "tiny-2026-01-01-training.json"
     sizes = ("--seqlen", "64", "--layers", "1", "--heads", "2", "--head-dim", "32", "--steps", "2")
     with pytest.MonkeyPatch.context() as patch:
-        known = [provider for provider in training.providers() if provider.name in ("sdpa-bf16", "numba")]
+        known = [provider for provider in providers() if provider.name in ("sdpa-bf16", "numba")]
         peer = Provider("adasplash", "adasplash", "attention", "rough entmax", fails)
         patch.setattr(training, "providers", lambda: [*known, peer])
         arguments = ("--attention", "sdpa-bf16", "numba", "adasplash", "--seconds", "0.01", "--json", str(path))
