@@ -65,7 +65,7 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
     block: tuple[int, ...]
     shared_bytes: int
-    args: np.void
+    args: Any
 
 
 class Recorder:
@@ -75,7 +75,13 @@ class Recorder:
         self.launches: list[Launched] = []
 
     def launch(
-        self, source: str, kernel: str, grid: Sequence[int], block: Sequence[int], shared_bytes: int, args: np.void
+        self,
+        source: str,
+        kernel: str,
+        grid: Sequence[int],
+        block: Sequence[int],
+        shared_bytes: int,
+        args: launcher.Record,
     ) -> None:
         self.launches.append(Launched(source, kernel, tuple(grid), tuple(block), shared_bytes, args))
 
