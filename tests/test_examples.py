@@ -205,6 +205,7 @@ def test_a_run_is_in_the_file_before_the_next_one(tmp_path: Path, monkeypatch: p
         return once(name, *others)
 
     monkeypatch.setattr(recall, "run_one", run_one)
+    monkeypatch.setattr(recall, "TEST_QUERIES", 32)
     assert recall.main(["--steps=1", "--seqlen=16", "--seeds=1"]) == 0
     assert kept == [list(recall.MODELS)[:i] for i in range(len(recall.MODELS))]
 
