@@ -224,6 +224,13 @@ class TestAutograd:
         rows = [tensor for tensor in saved if tensor.shape == q.shape[:3]]
         assert len(saved) == 4 + len(rows)  # tau, and what the reference leaves per row
 
+    def test_out_may_not_change_before_backward(self):
+        out = adasplash2.attention(*qkv(), backend="reference")
+        with torch.no_grad():
+            out.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
     def test_the_graph_keeps_nothing_once_its_result_is_gone(self):
         q, k, v = qkv()
         copy = k * 1
