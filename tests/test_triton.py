@@ -135,9 +135,9 @@ class Memory(TorchDispatchMode):
         self.most = max(self.most, self.held)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_memory_of_a_training_step(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the results: a byte per tile and block; while backward runs also tau with delta, and a list entry."""
+@pytest.mark.parametrize(("head_dim", "programs"), [(64, 2), (128, 1)])
+def test_memory_of_a_training_step(head_dim: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the results a byte per tile and block; in backward also tau with delta, and a list entry a program."""
     monkeypatch.setattr(backend, "_launch", lambda *_, **__: None)
     rows = (1, 16, 8192)
     q, k, v, dout = torch.zeros((4, *rows, head_dim), dtype=torch.bfloat16)
@@ -150,7 +150,7 @@ def test_memory_of_a_training_step(head_dim: int, monkeypatch: pytest.MonkeyPatc
     assert [t.nbytes for t in result.saved] == [blocks]
     assert forward == result.out.nbytes + result.tau.nbytes + blocks
     assert memory.held == forward + q.nbytes + k.nbytes + v.nbytes
-    assert memory.most == memory.held + 2 * result.tau.nbytes + 2 * blocks
+    assert memory.most == memory.held + 2 * result.tau.nbytes + 2 * programs * blocks
     assert grads.dq.nbytes == q.nbytes
 
 

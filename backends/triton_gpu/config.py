@@ -109,16 +109,19 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
             dkv_parts=2,
         )
     if row <= 256:
+        # For compute capability 8.0 the compiler would spill thousands of bytes of a whole tile.
+        dq, dq_programs = (Launch(8, 3), 1) if shared_memory >= 200_000 else (Launch(8, 2), 2)
         return Config(
             128,
             64,
             scan=Launch(8, 2, 128),
             refine=Launch(8, 4, 128),
             output=Launch(8, 3),
-            dq=Launch(8, 3),
+            dq=dq,
             dkv=Launch(4, 3),
             scan_blocks=2,
             bound_every=8,
+            dq_programs=dq_programs,
             dkv_parts=4,
         )
     return Config(64, 64, Launch(4, 2), *[Launch(8, 2 if shared_memory >= 200_000 else 1)] * 4)
