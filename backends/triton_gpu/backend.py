@@ -268,9 +268,9 @@ def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 class TritonBackend:
     """alpha-entmax attention on a GPU: one dense pass over the scores, then only the blocks that hold support.
 
-    Extra memory beyond the results: a byte and a list entry (in backward two) per tile of queries and block of keys, and
-    one or two float32 numbers per row; with few queries over many keys also 56 KiB, at most, for each query and head.
-    No call waits for the device, so forward and backward can be captured in a CUDA graph.
+    Extra memory beyond the results: a byte and a list entry (two in backward) per tile of queries and block of keys,
+    one or two float32 numbers per row; with few queries over many keys 56 KiB, at most, for each query and head. No
+    call waits for the device, so forward and backward can be captured in a CUDA graph.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of
