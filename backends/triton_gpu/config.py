@@ -7,7 +7,7 @@ are what compiles and fits, and are still to be tuned. Nothing is tuned while a 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,10 @@ class Config:
     dkv_parts: int = 1
 
 
+def _alike(block_m: int, block_n: int, launch: Launch) -> Config:
+    return Config(block_m, block_n, launch, launch, launch, launch, launch)
+
+
 def padded(head_dim: int) -> int:
     """The power of two that a head is padded to; matrix units take 16 at least."""
     return max(16, 1 << (head_dim - 1).bit_length()) if head_dim else 16
@@ -83,14 +87,14 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
     if short:
         few = Launch(4, 4 if row <= 128 else 2)
         if row <= 512 and not (is_small and row > 256):
-            return Config(16, 64, *[few] * 4, Launch(4, 2 if row <= 256 else 1), scan_blocks=2)
-        return Config(16, 32, *[Launch(4, 1)] * 5)
+            return Config(16, 64, few, few, few, few, Launch(4, 2 if row <= 256 else 1), scan_blocks=2)
+        return _alike(16, 32, Launch(4, 1))
     if is_small or not is_half:
         if row <= 128:
-            return Config(64, 64, *[Launch(4, 2)] * 5)
+            return _alike(64, 64, Launch(4, 2))
         if row <= 256:
-            return Config(64, 64 if is_half or not is_small else 32, *[Launch(4, 1 if is_small else 2)] * 5)
-        return Config(32, 32, *[Launch(4, 1)] * 5)
+            return _alike(64, 64 if is_half or not is_small else 32, Launch(4, 1 if is_small else 2))
+        return _alike(32, 32, Launch(4, 1))
     if row <= 128:
         # The corrections of float16 (CORRECTED) need registers of their own.
         programs, output = (1, Launch(8, 3, 128)) if dtype is torch.bfloat16 else (2, Launch(4, 3, 168))
@@ -124,7 +128,7 @@ def configure(dtype: torch.dtype, head_dim: int, head_dim_v: int, short: bool, s
             dq_programs=dq_programs,
             dkv_parts=4,
         )
-    return Config(64, 64, Launch(4, 2), *[Launch(8, 2 if shared_memory >= 200_000 else 1)] * 4)
+    return replace(_alike(64, 64, Launch(8, 2 if shared_memory >= 200_000 else 1)), scan=Launch(4, 2))
 
 
 def decode_launch(dtype: torch.dtype, head_dim: int, rows: int) -> tuple[Launch | None, int]:

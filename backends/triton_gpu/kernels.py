@@ -975,7 +975,40 @@ def _surprise(b_y):
 
 
 @triton.jit
-def _dq(
+def _u_and_dp(
+    b_q,
+    b_dout,
+    K,
+    V,
+    j,
+    stride_kn,
+    stride_vn,
+    b_seen,
+    b_tau,
+    len_k,
+    c,
+    MASKED: tl.constexpr,
+    VEC_K: tl.constexpr,
+    VEC_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """k, u and dp = dout . v of block j."""
+    b_s, b_k = _block_scores(b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION)
+    if MASKED:
+        b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+    else:
+        b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
+    b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION)
+    return b_k, _saturate(b_s * c - b_tau[:, None]), b_dp
+
+
+@triton.jit
+def _dp_sums(
     b_q,
     b_dout,
     K,
@@ -987,11 +1020,8 @@ def _dq(
     stride_vn,
     b_seen,
     b_tau,
-    b_shift,
     b_w_sum,
     b_w_dp,
-    b_wdp_k,
-    b_w_k,
     b_phi_sum,
     b_y_sum,
     b_b_dp,
@@ -1011,29 +1041,18 @@ def _dq(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum w, sum w dp, sum w dp k and sum w k over the listed blocks, where dp = dout . v - shift.
-
-    With alpha per head also the other sums of its gradient.
-    """
+    """sum w and sum w dp over the listed blocks; with alpha per head also the other sums of its gradient."""
     j_next = _next_block(LIST, begin, end)
     for i in tl.range(begin, end):
         j = j_next
         j_next = _next_block(LIST, i + 1, end)
-        b_s, b_k = _block_scores(
-            b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC_K, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
-        )
-        if MASKED:
-            b_v = _load_tile(V, j * BLOCK_N, 0, len_k, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        else:
-            b_v = _load_block(V, j * BLOCK_N, stride_vn, VEC_V, BLOCK_N, HEAD_DIM_V, BLOCK_DV)
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRECISION) - b_shift[:, None]
-        b_u = _saturate(b_s * c - b_tau[:, None])
+        _b_k, b_u, b_dp = _u_and_dp(
+            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
+            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
         b_p, b_w = _powers(b_u, r, ALPHA)
-        b_wdp = b_w * b_dp
         b_w_sum += _sum_by_thread(b_w)
-        b_w_dp += _sum_by_thread(b_wdp)
-        b_wdp_k = tl.dot(b_wdp.to(b_k.dtype), b_k, b_wdp_k, input_precision=PRECISION)
-        b_w_k = tl.dot(b_w.to(b_k.dtype), b_k, b_w_k, input_precision=PRECISION)
+        b_w_dp += _sum_by_thread(b_w * b_dp)
         if PER_HEAD:
             b_y = tl.where(b_u > 0, -tl.log(tl.where(b_u > 0, b_u, 1.0)), 0.0)
             b_y = tl.maximum(b_y, 0.0)
@@ -1043,7 +1062,60 @@ def _dq(
             b_y_sum += _sum_by_thread(b_p * b_y)
             b_b_dp += _sum_by_thread(b_p * (1 + b_y) * b_dp)
             b_a_dp += _sum_by_thread(b_a * b_dp)
-    return b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
+    return b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp
+
+
+@triton.jit
+def _dq(
+    b_q,
+    b_dout,
+    K,
+    V,
+    LIST,
+    begin,
+    end,
+    stride_kn,
+    stride_vn,
+    b_seen,
+    b_tau,
+    b_shift,
+    b_w_sum,
+    b_w_dp,
+    b_wdp_k,
+    b_w_k,
+    len_k,
+    c,
+    r,
+    ALPHA: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    MASKED: tl.constexpr,
+    VEC_K: tl.constexpr,
+    VEC_V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """sum w dp k over the listed blocks, where dp = dout . v - shift; in ONE_PASS also sum w, sum w dp and sum w k."""
+    j_next = _next_block(LIST, begin, end)
+    for i in tl.range(begin, end):
+        j = j_next
+        j_next = _next_block(LIST, i + 1, end)
+        b_k, b_u, b_dp = _u_and_dp(
+            b_q, b_dout, K, V, j, stride_kn, stride_vn, b_seen, b_tau, len_k, c,
+            MASKED, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        _b_p, b_w = _powers(b_u, r, ALPHA)
+        b_wdp = b_w * (b_dp - b_shift[:, None])
+        if ONE_PASS:
+            b_w_sum += _sum_by_thread(b_w)
+            b_w_dp += _sum_by_thread(b_wdp)
+        b_wdp_k = tl.dot(b_wdp.to(b_k.dtype), b_k, b_wdp_k, input_precision=PRECISION)
+        if ONE_PASS:
+            b_w_k = tl.dot(b_w.to(b_k.dtype), b_k, b_w_k, input_precision=PRECISION)
+    return b_w_sum, b_w_dp, b_wdp_k, b_w_k
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -1103,9 +1175,12 @@ def entmax_attn_bwd_dq(
 ):
     """dq of one part of a tile, the gradient of alpha per row, and delta beside a finite tau or NaN in TAU_DELTA.
 
-    With dp = dout . v - shift, delta = shift + rest where rest = sum w dp / sum w, and ds = w (dp - rest) is linear in
-    rest: one pass over the blocks gives rest and dq = sum w dp k - rest sum w k. The shift, dout . out, is close to
-    delta, so that w dp loses no more than ds would when it is rounded.
+    delta = sum w dp / sum w, and ds = w (dp - delta). In general the sums take a pass of their own over the blocks.
+
+    At alpha = 1.5 one pass is enough. ds is linear in delta: with dp taken less a shift, delta is that shift and
+    rest = sum w dp / sum w, and dq = sum w dp k - rest sum w k. Where the shift is dout . out, rounding w dp and w to
+    half precision costs no more than rounding ds: in squares sum w ** 2 (dp - shift) ** 2 + rest ** 2 sum w ** 2, which
+    is sum w ** 2 (dp - delta) ** 2, as p = w ** 2 makes the shift the mean that the first sum is about.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
@@ -1139,33 +1214,53 @@ def entmax_attn_bwd_dq(
     end_row = tl.maximum(len_q, first_row + 1)
     b_q = _signed(_load_tile(Q, first, first_row, end_row, stride_qm, VEC_Q, ROWS, HEAD_DIM, BLOCK_D), SIGN)
     b_dout = _load_tile(DOUT, first, first_row, end_row, stride_om, VEC_O, ROWS, HEAD_DIM_V, BLOCK_DV)
-    out_head = OUT + row * HEAD_DIM_V
-    b_out = _load_tile(out_head, first, first_row, end_row, HEAD_DIM_V, 1, ROWS, HEAD_DIM_V, BLOCK_DV)
-    b_shift = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     b_tau = tl.load(TAU + row + o_rows, mask=o_rows < seqlen_q, other=float("inf"))
     is_bad = b_tau != b_tau
     b_zero = tl.zeros([ROWS, 4], tl.float32)
+    b_w_sum, b_w_dp = b_zero, b_zero
+    ONE_PASS: tl.constexpr = ALPHA == ALPHA_1_5
+    if ONE_PASS:
+        out_head = OUT + row * HEAD_DIM_V
+        b_out = _load_tile(out_head, first, first_row, end_row, HEAD_DIM_V, 1, ROWS, HEAD_DIM_V, BLOCK_DV)
+        b_shift = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    else:
+        b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
+            b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau,
+            b_zero, b_zero, b_zero, b_zero, b_zero, b_zero, len_k, c, r,
+            ALPHA, PER_HEAD, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dp_sums(
+            b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau,
+            b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
+            ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        )  # fmt: skip
+        b_total = tl.sum(b_w_sum, 1)
+        b_total = tl.where(b_total > 0, b_total, 1.0)
+        b_shift = tl.sum(b_w_dp, 1) / b_total
     b_wdp_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_w_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
+    b_w_sum, b_w_dp, b_wdp_k, b_w_k = _dq(
         b_q, b_dout, K, V, LIST, 0, whole, stride_kn, stride_vn, b_seen, b_tau, b_shift,
-        b_zero, b_zero, b_wdp_k, b_w_k, b_zero, b_zero, b_zero, b_zero, len_k, c, r,
-        ALPHA, PER_HEAD, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_w_sum, b_w_dp, b_wdp_k, b_w_k, len_k, c, r,
+        ALPHA, ONE_PASS, False, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp = _dq(
+    b_w_sum, b_w_dp, b_wdp_k, b_w_k = _dq(
         b_q, b_dout, K, V, LIST, whole, count, stride_kn, stride_vn, b_seen, b_tau, b_shift,
-        b_w_sum, b_w_dp, b_wdp_k, b_w_k, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
-        ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
+        b_w_sum, b_w_dp, b_wdp_k, b_w_k, len_k, c, r,
+        ALPHA, ONE_PASS, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
     )  # fmt: skip
-    b_total = tl.sum(b_w_sum, 1)
-    b_total = tl.where(b_total > 0, b_total, 1.0)
-    b_rest = tl.sum(b_w_dp, 1) / b_total
+    b_dq, b_delta = b_wdp_k, b_shift
+    if ONE_PASS:
+        b_total = tl.sum(b_w_sum, 1)
+        b_rest = tl.sum(b_w_dp, 1) / tl.where(b_total > 0, b_total, 1.0)
+        b_dq -= b_rest[:, None] * b_w_k
+        b_delta += b_rest
     b_nan = tl.where(is_bad, float("nan"), 0.0)
-    b_delta = tl.where(b_seen > 0, b_shift + b_rest, 0.0) + b_nan
+    b_delta = tl.where(b_seen > 0, b_delta, 0.0) + b_nan
     o_pairs = (row + o_rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
     b_pairs = tl.join(tl.where(b_seen > 0, b_tau, LARGE), b_delta)
     tl.store(TAU_DELTA + o_pairs, b_pairs, mask=o_rows[:, None] < seqlen_q)
-    b_dq = (b_wdp_k - b_rest[:, None] * b_w_k) * (scale * SIGN) + b_nan[:, None]
+    b_dq = b_dq * (scale * SIGN) + b_nan[:, None]
     _store_tile(DQ + row * HEAD_DIM, first, seqlen_q, HEAD_DIM, b_dq, ROWS, HEAD_DIM, BLOCK_D)
     if PER_HEAD:
         b_dalpha = tl.sum(b_phi_sum, 1) * tl.sum(b_b_dp, 1) - (1 + tl.sum(b_y_sum, 1)) * tl.sum(b_a_dp, 1)
