@@ -306,3 +306,12 @@ def test_values_with_a_large_common_part(target, dtype):
     common = 32 * torch.randn(64, generator=torch.Generator().manual_seed(1)).to(target.device)
     request = replace(request, v=(request.v.float() + common).to(dtype))
     assert_attention(target.serving(request), request, dout)
+
+
+@pytest.mark.parametrize("alpha", [2.0, 1.8, 1.5, 1.2])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_few_keys_of_unequal_weight(target, dtype, alpha):
+    """dout . out stood for the mean of dout . v by the weights of the gradient, from which it is far at alpha = 2."""
+    lengths = {"batch": 2, "seqlens_q": (1, 12), "seqlens_k": (4, 7)}
+    case = Case(17, 7, heads_kv=2, head_dim=256, head_dim_v=256, dtype=dtype, alpha=alpha, kind="drifting", **lengths)
+    check(target, replace(case, seed=827))
