@@ -212,7 +212,10 @@ class Backend(Protocol):
     def backward(
         self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
     ) -> AttentionGrads:
-        """Gradients of sum(out * dout); out, tau and ``saved`` are forward's, dout has any strides."""
+        """Gradients of sum(out * dout).
+
+        out, tau and ``saved`` are forward's; dout has out's shape and dtype, any strides.
+        """
 
     def support(self, request: AttentionRequest, block_m: int, block_n: int) -> SupportStats: ...
 

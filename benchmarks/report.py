@@ -73,7 +73,7 @@ TITLE: dict[str, Any] = {"x": 0.01, "ha": "left", "fontsize": 12, "fontweight": 
 DISTURBED = 1.5
 
 # Stage: how the name of its kernel ends, and how many products of its blocks it cannot do without: those of Triton in
-# bfloat16, as the others' are not told.
+# bfloat16 at alpha = 1.5, as the others' are not told.
 STAGES = {
     "scan": ("_fwd_scan", 1),
     "refine": ("_fwd_refine", 0),

@@ -449,7 +449,7 @@ class TritonBackend:
     ) -> AttentionGrads:
         call = _Call(request, self._histogram)
         with _on_device(call.q):
-            return self._backward(call, out.contiguous(), tau.contiguous(), saved, _readable(dout))
+            return self._backward(call, out, tau, saved, _readable(dout))
 
     def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request, config = call.request, call.config

@@ -655,6 +655,7 @@ def _refine(
         b_s, _b_k = _block_scores(
             b_q, K, j, stride_kn, b_seen, len_k, MASKED, VEC, BLOCK_N, HEAD_DIM, BLOCK_D, PRECISION
         )
+        # Here and not at the sums, where the compiler would move all numbers between threads.
         b_z = _by_thread(b_s) * c
         b_p, b_w = _powers(_saturate(b_z - b_tau[:, None, None]), r, ALPHA)
         b_added = tl.sum(b_w, 2)
@@ -1066,6 +1067,13 @@ def _dp_sums(
 
 
 @triton.jit
+def _total(b_w_sum):
+    """[rows] sum w, 1 where there is none."""
+    b_total = tl.sum(b_w_sum, 1)
+    return tl.where(b_total > 0, b_total, 1.0)
+
+
+@triton.jit
 def _dq(
     b_q,
     b_dout,
@@ -1234,8 +1242,7 @@ def entmax_attn_bwd_dq(
             b_w_sum, b_w_dp, b_phi_sum, b_y_sum, b_b_dp, b_a_dp, len_k, c, r,
             ALPHA, PER_HEAD, True, VEC_K, VEC_V, BLOCK_N, HEAD_DIM, BLOCK_D, HEAD_DIM_V, BLOCK_DV, PRECISION,
         )  # fmt: skip
-        b_total = tl.sum(b_w_sum, 1)
-        b_total = tl.where(b_total > 0, b_total, 1.0)
+        b_total = _total(b_w_sum)
         b_shift = tl.sum(b_w_dp, 1) / b_total
     b_wdp_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
     b_w_k = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -1251,8 +1258,8 @@ def entmax_attn_bwd_dq(
     )  # fmt: skip
     b_dq, b_delta = b_wdp_k, b_shift
     if ONE_PASS:
-        b_total = tl.sum(b_w_sum, 1)
-        b_rest = tl.sum(b_w_dp, 1) / tl.where(b_total > 0, b_total, 1.0)
+        b_total = _total(b_w_sum)
+        b_rest = tl.sum(b_w_dp, 1) / b_total
         b_dq -= b_rest[:, None] * b_w_k
         b_delta += b_rest
     b_nan = tl.where(is_bad, float("nan"), 0.0)
@@ -1362,17 +1369,16 @@ def _dkv(
         b_dp = tl.dot(b_v, tl.trans(b_dout), input_precision=PRECISION)
         b_u = _saturate(b_s * c - b_tau[None, :])
         b_dp -= b_delta[None, :]
+        # A row without a tau, and so without a delta, takes all that it sees with it.
+        b_nan = (b_tau * 0.0)[None, :]
         if MASKED:
             b_seen = _keys_seen(first + tl.arange(0, ROWS), len_q, len_k, IS_CAUSAL)
             is_seen = o_keys[:, None] < b_seen[None, :]
             b_u = tl.where(is_seen, b_u, 0.0)
             b_dp = tl.where(is_seen, b_dp, 0.0)
+            b_nan = tl.where(is_seen, b_nan, 0.0)
         b_p, b_w = _powers(b_u, r, ALPHA)
-        # A row without a tau, and so without a delta, takes all that it sees with it.
-        if MASKED:
-            b_p += tl.where(is_seen, (b_tau * 0.0)[None, :], 0.0)
-        else:
-            b_p += (b_tau * 0.0)[None, :]
+        b_p += b_nan
         b_ds = b_w * b_dp
         b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
