@@ -32,9 +32,9 @@ are added.
 
 The other bounds add absolute values where errors in truth cancel, so they catch what is wrong at a single entry, but
 not a loss of accuracy everywhere. For float16 and bfloat16, where the rounding of p and ds dominates, each (batch,
-head) must also keep its root mean square error below ``YARDSTICK`` times that of plain dense evaluation (the
-reference in float32 with p and ds rounded to the dtype), plus that of the part of the bound which comes from the
-scores.
+head) with at least ``YARDSTICK_ROUNDINGS`` entries and weights must also keep its root mean square error below
+``YARDSTICK`` times that of plain dense evaluation (the reference in float32 with p and ds rounded to the dtype), plus
+that of the part of the bound which comes from the scores.
 
 Entries whose bound exceeds ``RESOLVED`` times their natural scale (the same sums without cancellation) are
 *unresolved*: comparing them says little. ``Truth.unresolved`` counts them, so that tests can cap their share at
@@ -91,7 +91,9 @@ ROUNDINGS = {"out": 3, "out1": 0.5, "tau": 1, "dq": 5, "dk": 5, "dv": 3, "dalpha
 # Half-precision root mean square error, in units of that of plain dense evaluation: the factor allows another order of
 # rounding (delta from a rounded out1, scores rounded with p), not another algorithm.
 YARDSTICK = 2.0
-YARDSTICK_ENTRIES = 256  # fewer entries per (batch, head) leave the ratio of two error norms to chance
+# Fewer entries or weights per (batch, head) leave the ratio of two error norms to chance: each is rounded once, and of
+# a row with four weights, however many channels it has, the error is the sum of four.
+YARDSTICK_ROUNDINGS = 256
 
 RESOLVED = 0.1
 MAX_UNRESOLVED = 0.1
@@ -105,7 +107,8 @@ class Truth:
         dtype: of the inputs.
         values: quantity to its true value, float64.
         bounds: quantity to the largest error allowed at each entry, 0 where the value must be exact.
-        rms_limits: quantity to the largest root mean square error allowed in each (batch, head), half precision only.
+        rms_limits: quantity to the largest root mean square error allowed in each (batch, head), half precision only;
+            inf where too little is rounded.
         unresolved: quantity to the share of its entries whose bound says little; "support" to the share of keys within
             the margin of tau.
     """
@@ -265,12 +268,14 @@ def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Tr
     )
     truth = Truth(dtype)
     v_abs = dense.v.abs()
+    n_weights = torch.zeros((request.batch, request.heads_q, 1, 1), dtype=torch.int64, device=request.q.device)
     in_margin = in_reach = 0
     for part in dense.slices():
         m = _attention_moves(dense, part, result.saved[0])
         rows = part.rows
         in_margin += int((m.possible & ~m.certain).sum())
         in_reach += int(m.possible.sum())
+        n_weights += (m.p > 0).sum((2, 3), keepdim=True)
         scores["out"][:, :, rows] = m.p_move @ v_abs
         rounding["out"][:, :, rows] = _rounding("out", dtype) * (m.p @ v_abs)
         natural["out"][:, :, rows] = m.p @ v_abs
@@ -319,11 +324,19 @@ def attention_truth(request: AttentionRequest, dout: Tensor | None = None) -> Tr
     for quantity, value in values.items():
         truth.add(quantity, value, scores[quantity], rounding[quantity], natural[quantity])
     if dtype in (torch.float16, torch.bfloat16):
-        _add_rms_limits(truth, request, dout, scores)
+        of_kv_head = dense.per_kv_head(n_weights)
+        of_quantity = {q: of_kv_head if q in per_query_head else n_weights for q in values}
+        _add_rms_limits(truth, request, dout, scores, of_quantity)
     return truth
 
 
-def _add_rms_limits(truth: Truth, request: AttentionRequest, dout: Tensor | None, scores: dict[str, Tensor]) -> None:
+def _add_rms_limits(
+    truth: Truth,
+    request: AttentionRequest,
+    dout: Tensor | None,
+    scores: dict[str, Tensor],
+    n_weights: dict[str, Tensor],
+) -> None:
     plain = ReferenceBackend(torch.float32)
     request = replace(request, save_for_backward=True)
     result = plain.forward(request)
@@ -332,9 +345,10 @@ def _add_rms_limits(truth: Truth, request: AttentionRequest, dout: Tensor | None
         grads = plain.backward(request, result.out, result.tau, result.saved, dout)
         actual |= {"dq": grads.dq, "dk": grads.dk, "dv": grads.dv}
     for quantity, value in actual.items():
-        if value[0, 0].numel() >= YARDSTICK_ENTRIES:
-            error = value.double() - truth.values[quantity]
-            truth.rms_limits[quantity] = YARDSTICK * _rms(error) + _rms(scores[quantity])
+        error = value.double() - truth.values[quantity]
+        limit = YARDSTICK * _rms(error) + _rms(scores[quantity])
+        rounded = n_weights[quantity][:, :, 0, 0].clamp(max=value[0, 0].numel())
+        truth.rms_limits[quantity] = torch.where(rounded >= YARDSTICK_ROUNDINGS, limit, torch.inf)
 
 
 def _rms(error: Tensor) -> Tensor:

@@ -484,6 +484,7 @@ class TritonBackend:
                 DALPHA=dalpha,
                 LIST=call.list_like(call.programs * config.dq_programs, call.n_blocks),
                 TILE_PROGRAMS=config.dq_programs,
+                ONE_PASS=request.alpha_heads is None and request.alpha <= 1.5,
                 **shared,
             )
             programs = call.batch * call.heads_kv * call.n_blocks

@@ -15,6 +15,7 @@ constexpr int ALPHA_1_5 = 1;
 constexpr int ALPHA_2 = 2;
 
 constexpr float LARGE = 3e38f;
+constexpr float SMALL = 1e-30f;
 
 constexpr int KEYS_PER_CHECK = 128;
 constexpr int WORD = 32;
@@ -86,7 +87,8 @@ __device__ __forceinline__ void powers(float u, float r, float& p, float& w) {
     w = saturate(u * LARGE);
     p = u;
   } else {
-    w = u == 0 ? 0.0f : exp2f((r - 1) * log2f(u));
+    // At u = 0 the logarithm is -inf, and w is 0, as long as it is multiplied by more than 0, which alpha = 2 needs.
+    w = exp2_approx(fmaxf(r - 1, SMALL) * log2_approx(u));
     p = w * u;
   }
 }

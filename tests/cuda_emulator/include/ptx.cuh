@@ -164,6 +164,8 @@ inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned lon
                          site);
 }
 
+inline float log2_approx(float x) { return std::log2(x); }
+inline float exp2_approx(float x) { return std::exp2(x); }
 inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }
 
 template <class V>
