@@ -333,14 +333,14 @@ def test_launches_of_a_call() -> None:
         assert (launch.args["sign"], launch.args["scale"]) == (-1, 0.5)
         assert (launch.args["n_tiles"], launch.args["n_blocks"]) == (tiles, blocks)
         assert launch.args["tau"] == result.tau.data_ptr()
-        assert launch.args["live"] == result.saved[1].data_ptr()
+        assert launch.args["live"] == result.saved[0].data_ptr()
         assert launch.args["alpha_heads"] == launch.args["seqlens_q"] == 0
     assert refine.args["out"] == output.args["out"] == result.out.data_ptr()
-    assert refine.args["out1"] == output.args["out1"] == dq.args["out1"] == result.saved[0].data_ptr()
+    assert refine.args["entries"] == dq_entries.args["entries"] == result.saved[1].data_ptr()
     assert dq.args["dq"] == grads.dq.data_ptr()
     assert (dkv.args["dk"], dkv.args["dv"]) == (grads.dk.data_ptr(), grads.dv.data_ptr())
     assert dq.args["dout"] == dout.data_ptr()
-    assert result.saved[1].shape == (2, 6, tiles, blocks)
+    assert result.saved[0].shape == (2, 6, tiles, blocks)
     assert dq_entries.args["transposed"] == dkv_entries.args["transposed"] != 0
 
 
@@ -865,7 +865,7 @@ BY_ENTRIES = [
 def are_entry_tiles(whole: CupyBackend, request: AttentionRequest) -> torch.Tensor:
     """(batch, heads_q, tiles): of the forward pass."""
     result = whole.forward(dataclasses.replace(request, save_for_backward=True))
-    return result.saved[1][..., 0] & ENTRY_TILE != 0
+    return result.saved[0][..., 0] & ENTRY_TILE != 0
 
 
 @emulated

@@ -19,6 +19,7 @@ from .._math import in_dtype_of, live_blocks, multiprocessors, support_stats
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
+    ENTRY_ROOM,
     ENTRY_WARPS,
     GROUPS,
     Config,
@@ -49,13 +50,13 @@ KEYS_PER_SLOT = 128
 
 # What may be left of tau's error when the output pass begins, in units of the mean u. The output pass then squares the
 # error (output.cu). On float32 at alpha = 2 the bound is that of rounding.
-TARGET = {torch.float16: 1e-3, torch.bfloat16: 1e-3, torch.float32: 1e-6}
+TARGET = {torch.float16: 1e-3, torch.bfloat16: 5e-4, torch.float32: 1e-6}
 
 _TYPES = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "float"}
 _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
 
 _pointers = (
-    *("q", "k", "v", "dout", "out", "out1", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
+    *("q", "k", "v", "dout", "out", "entries", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
     *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
     *("flags", "maxima"),
 )
@@ -246,9 +247,9 @@ class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
     The stages are those of the Triton backend. Extra memory beyond the results: a byte and a list entry per tile of
-    queries and block of keys; for backward out1 (of out's shape, float32), and as much again during it where tiles may
-    be taken by their entries; with few queries over many keys 32 KiB, at most, for each query and head. No call waits
-    for the device once its kernels are compiled.
+    queries and block of keys; where tiles may be taken by their entries, 256 bytes for each query and head, at most,
+    that backward needs, and as much again during it; with few queries over many keys 32 KiB, at most, for each query
+    and head. No call waits for the device once its kernels are compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
@@ -320,12 +321,12 @@ class CupyBackend:
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
         if not request.save_for_backward:
             return []
-        shape = (request.batch, request.heads_q, request.seqlen_q, request.head_dim_v)
-        return [
-            # Rounded to half precision, one error in delta would reach all keys of a row alike, and not average out.
-            request.q.new_empty(shape, dtype=torch.float32),
-            live_blocks(request, *_tiles_and_blocks(request, self.config_of(request))),
-        ]
+        config = self.config_of(request)
+        saved = [live_blocks(request, *_tiles_and_blocks(request, config))]
+        if config.entries:
+            shape = (request.batch, request.heads_q, request.seqlen_q, min(request.head_dim_v, ENTRY_ROOM))
+            saved.append(request.q.new_empty(shape, dtype=torch.int32))
+        return saved
 
     def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: Record) -> None:
         source = _SOURCES[kernel.partition("<")[0]]
@@ -349,7 +350,7 @@ class CupyBackend:
         out = call.empty(*rows, request.head_dim_v, dtype=call.q.dtype)
         tau = call.empty(*rows, dtype=torch.float32)
         saved = self.saved_like(request)
-        out1, live = saved or (None, None)
+        live, entries = (*saved, None, None)[:2]
         if call.is_empty:
             out.zero_(), tau.fill_(torch.inf)
             for t in saved:
@@ -368,8 +369,8 @@ class CupyBackend:
         record = _record(
             PARAMS,
             arguments
-            | {"out": out, "out1": out1, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts}
-            | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "flags": flags},
+            | {"out": out, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts, "flags": flags}
+            | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "entries": entries},
         )
         self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record)
         programs, alpha = call.programs, call.alpha_class
@@ -437,11 +438,11 @@ class CupyBackend:
     ) -> AttentionGrads:
         call = _Call(self, request)
         with _on_device(call.q):
-            return self._backward(call, tau, saved, _readable(dout))
+            return self._backward(call, out, tau, saved, _readable(dout))
 
-    def _backward(self, call: _Call, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
+    def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request = call.request
-        out1, live = saved
+        live, entries = (*saved, None)[:2]
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (call.q, call.k, call.v))
         dalpha = None if request.alpha_heads is None else torch.empty_like(tau)
         if call.is_empty:
@@ -450,20 +451,23 @@ class CupyBackend:
                     t.zero_()
         else:
             delta = torch.empty_like(tau)
-            transposed = torch.empty_like(out1) if call.has_entries else None
+            transposed = torch.empty_like(entries) if call.has_entries and entries is not None else None
             record = _record(
                 PARAMS,
                 call.arguments()
                 | _layout("o", dout)
-                | {"dout": dout, "out1": out1, "tau": tau, "delta": delta, "live": live}
+                | {"out": out, "dout": dout, "tau": tau, "delta": delta, "live": live, "entries": entries}
                 | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha, "transposed": transposed},
             )
             alpha = call.alpha_class
             programs = call.programs * call.config.parts("dq")
-            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, dalpha is not None)
+            per_head = dalpha is not None
+            # Beyond 64 channels a thread has no registers for two sums.
+            one_pass = not per_head and request.alpha <= 1.5 and call.config.head <= 64
+            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, per_head, one_pass)
             if call.has_entries:
                 name = "entmax_attn_bwd_dq_entries"
-                self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, dalpha is not None)
+                self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, per_head)
             blocks = request.batch * request.heads_kv * call.n_blocks
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
             if call.has_entries:
@@ -479,7 +483,7 @@ class CupyBackend:
         rows = (request.batch, request.heads_q, request.seqlen_q)
         map_shape = (*rows[:2], -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n))
         with _on_device(call.q):
-            _, tau, (_, live) = self._forward(call)
+            _, tau, (live, *_) = self._forward(call)
             sizes = torch.zeros(rows, dtype=torch.int32, device=tau.device)
             block_map = torch.zeros(map_shape, dtype=torch.int8, device=tau.device)
             if not call.is_empty:

@@ -15,6 +15,7 @@ from adasplash2.contract import AttentionRequest
 
 __all__ = [
     "CAPABILITIES",
+    "ENTRY_ROOM",
     "GROUPS",
     "SHARED_MEMORY",
     "Config",
@@ -53,7 +54,8 @@ CANDIDATES = 2048
 
 ROW_ENTRIES = {64: 204, 128: 164}  # above the bound of tau that two rows have room for (refine.cu), by head
 # Of tiles that are taken entry by entry (entries.cuh, entries.cu).
-ENTRIES = 6144
+ENTRY_ROOM = 64  # words of four bytes that a row has, at most
+ENTRIES = 5440
 ENTRY_BLOCKS = 2048
 ENTRY_WARPS = {"dq_entries": 8, "dkv_entries": 4}
 TAKEN = 1024
@@ -155,8 +157,9 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
 
 
 def _can_have_entries(config: Config, dtype: torch.dtype) -> bool:
-    """A warp of refine lists those of 16 rows."""
-    return dtype.itemsize == 2 and config.head in ROW_ENTRIES and config.block_m == 16 * config.refine.warps
+    """A warp of refine lists those of 16 rows, and so does one of dq_entries."""
+    warps = {config.refine.warps, ENTRY_WARPS["dq_entries"]}
+    return dtype.itemsize == 2 and config.head in ROW_ENTRIES and {config.block_m // 16} == warps
 
 
 def _fits(config: Config, dtype: torch.dtype, room: int) -> bool:
@@ -278,7 +281,7 @@ _HALF_OF_ONE = {
         scan=Launch(8, 128, 3, 2, True),
         refine=Launch(8, 64, 4, 2, True),
         output=Launch(4, 64, 3, 3, True),
-        dq=Launch(4, 64, 2, 4, True),
+        dq=Launch(4, 64, 2, 3, True),
         dkv=Launch(4, 64, 2, 3, True),
     ),
     ((9, 0), 128): Config(

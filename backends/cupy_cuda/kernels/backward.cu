@@ -2,9 +2,13 @@
 #include "entries.cuh"
 #include "products.cuh"
 
-// delta = dout . out1 per row, dq, and with DALPHA the gradient of alpha per row, whose sums need more registers.
-template <class T, int D, int ALPHA, bool DALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
-          int PROGRAMS, bool WGMMA>
+// delta = sum w dp / sum w per row, dq, and with DALPHA the gradient of alpha per row, whose sums need more registers.
+//
+// In general the sums take a pass of their own over the blocks. With ONE_PASS, for alpha up to 1.5, dp is taken less
+// dout . out: delta is that and rest = sum w dp / sum w, and dq = sum w dp k - rest sum w k. Triton's kernel has the proof
+// that rounding w dp and w costs no more than rounding ds.
+template <class T, int D, int ALPHA, bool DALPHA, bool ONE_PASS, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS,
+          int STAGES, int PROGRAMS, bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) entmax_attn_bwd_dq(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = 1;
@@ -12,8 +16,6 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   constexpr int N = KEYS / 8;
   constexpr int ND = D / 8;
   constexpr int R = 2 * M;
-  // ds of a block is multiplied while the next one's scores are asked for, where there are registers for it.
-  constexpr bool OVERLAPS = WGMMA && STAGES > 2 && PROGRAMS * WARPS <= 12;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   T* dout_tile = q_tile + ROWS * D;
@@ -43,24 +45,24 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   __syncthreads();
   apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
-  float tau[R], delta[R];
+  // With ONE_PASS, delta is dout . out until the end.
+  float tau[R], delta[R], w_sum[R] = {}, w_dp[R] = {};
   AlphaSums sums[R];
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
     tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
     delta[i] = 0;
-    if (row >= rows.low && row < rows.high) {
-      const float* out1 = params.out1 + (tile.row + row) * params.head_dim_v;
+    if (ONE_PASS && row >= rows.low && row < rows.high) {
+      const T* out = static_cast<const T*>(params.out) + (tile.row + row) * params.head_dim_v;
       for (int n = 0; 8 * n < params.head_dim_v; n++)
         for (int e = 0; e < 2; e++) {
           const int column = column_of(n, e);
           if (column < params.head_dim_v)
-            delta[i] += to_float<T>(element<T, D>(dout_tile, row - tile.first, column)) * out1[column];
+            delta[i] += to_float<T>(element<T, D>(dout_tile, row - tile.first, column)) * to_float<T>(out[column]);
         }
     }
     delta[i] = quad_sum(delta[i]);
-    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i];
   }
 
   // u from the scores of KEYS keys, in their place.
@@ -76,8 +78,27 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           u = saturate(u * c - tau[row]);
         }
   };
-  // ds from dp, in its place.
-  auto differentiate = [&](float(&ds)[M][N][4], const float(&s)[M][N][4]) {
+  // What a pass of its own is for.
+  auto sum = [&](const float(&dps)[M][N][4], const float(&s)[M][N][4]) {
+#pragma unroll
+    for (int row = 0; row < R; row++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          const float dp = dps[row / 2][n][row % 2 * 2 + e];
+          const float u = s[row / 2][n][row % 2 * 2 + e];
+          float p, w;
+          powers<ALPHA>(u, r, p, w);
+          w_sum[row] += w;
+          w_dp[row] += w * dp;
+          if constexpr (DALPHA) {
+            if (u > 0) sums[row].add(u, p, w, dp);
+          }
+        }
+  };
+  // ds from dp, in its place, with ONE_PASS up to the rest, and w from u.
+  auto differentiate = [&](float(&ds)[M][N][4], float(&s)[M][N][4]) {
 #pragma unroll
     for (int row = 0; row < R; row++)
 #pragma unroll
@@ -85,66 +106,102 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& dp = ds[row / 2][n][row % 2 * 2 + e];
-          const float u = s[row / 2][n][row % 2 * 2 + e];
+          float& u = s[row / 2][n][row % 2 * 2 + e];
           float p, w;
           powers<ALPHA>(u, r, p, w);
-          if constexpr (DALPHA) {
-            if (u > 0) sums[row].add(u, p, w, dp);
-          }
           dp = w * (dp - delta[row]);
+          if constexpr (ONE_PASS) {
+            w_sum[row] += w;
+            w_dp[row] += dp;
+            u = w;
+          }
         }
   };
-  float dq[M][ND][4];
+  float dq[M][ND][4], wk[M][ND][4];
   clear(dq);
-  for_listed<WARPS>(
-      (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
-      [&](int count) {
-        Packed<T, N> packed;
-        pipeline<STAGES, WGMMA, OVERLAPS ? 1 : 0>(
-            count,
-            [&](int i, int stage) {
-              load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
-                                                tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
-              load_tile<T, D, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * D, v, list[i] * BLOCK_N, 0,
-                                                tile.lengths.k, params.stride_vn, params.head_dim_v,
-                                                params.aligned_v);
-            },
-            [&](int i, int stage) {
-              const int j = list[i];
+  clear(wk);
 #pragma unroll 1
-              for (int first = 0; first < BLOCK_N; first += KEYS) {
-                const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
-                const T* values = v_tiles + (stage * BLOCK_N + first) * D;
-                float s[M][N][4], ds[M][N][4];
-                if constexpr (WGMMA) {
-                  begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
-                  begin_scores<T, D, N>(ds, dout_tile, warpgroup_row(), values);
-                  finish<1>(s);
-                  shift(s, j, first);
-                  finish<0>(ds);
-                  if constexpr (OVERLAPS) finish<0>(dq);
+  for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
+    for_listed<WARPS>(
+        (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
+        [&](int count) {
+          pipeline<STAGES, WGMMA>(
+              count,
+              [&](int i, int stage) {
+                load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
+                                                  tile.lengths.k, params.stride_kn, params.head_dim,
+                                                  params.aligned_k);
+                load_tile<T, D, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * D, v, list[i] * BLOCK_N, 0,
+                                                  tile.lengths.k, params.stride_vn, params.head_dim_v,
+                                                  params.aligned_v);
+              },
+              [&](int i, int stage) {
+                const int j = list[i];
+#pragma unroll 1
+                for (int first = 0; first < BLOCK_N; first += KEYS) {
+                  const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
+                  const T* values = v_tiles + (stage * BLOCK_N + first) * D;
+                  float s[M][N][4], ds[M][N][4];
+                  if constexpr (WGMMA) {
+                    begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
+                    begin_scores<T, D, N>(ds, dout_tile, warpgroup_row(), values);
+                    finish<1>(s);
+                    shift(s, j, first);
+                    finish<0>(ds);
+                  } else {
+                    clear(s);
+                    clear(ds);
+                    scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+                    scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, values);
+                    shift(s, j, first);
+                  }
+                  if (pass == 0) {
+                    sum(ds, s);
+                    continue;
+                  }
                   differentiate(ds, s);
-                  pack(packed, ds);
-                  begin_accumulate(dq, packed, keys);
-                  if constexpr (!OVERLAPS) finish<0>(dq);
-                } else {
-                  clear(s);
-                  clear(ds);
-                  scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-                  scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, values);
-                  shift(s, j, first);
-                  differentiate(ds, s);
-                  accumulate<T>(dq, ds, keys, staging);
+                  if constexpr (WGMMA) {
+                    Packed<T, N> packed, packed_w;
+                    pack(packed, ds);
+                    begin_accumulate(dq, packed, keys);
+                    if constexpr (ONE_PASS) {
+                      pack(packed_w, s);
+                      begin_accumulate(wk, packed_w, keys);
+                      finish<0>(wk);
+                    }
+                    finish<0>(dq);
+                  } else if constexpr (ONE_PASS) {
+                    accumulate_both<T>(dq, wk, ds, s, keys, staging);
+                  } else {
+                    accumulate<T>(dq, ds, keys, staging);
+                  }
                 }
-              }
-            });
-        if constexpr (OVERLAPS) finish<0>(dq);
-      });
+              });
+        });
+    if (pass == 0) {
+      quad_sums(w_sum, w_dp);
+#pragma unroll
+      for (int i = 0; i < R; i++) delta[i] = w_dp[i] / (w_sum[i] > 0 ? w_sum[i] : 1.0f);
+    }
+  }
+  if constexpr (ONE_PASS) {
+    quad_sums(w_sum, w_dp);
+#pragma unroll
+    for (int i = 0; i < R; i++) {
+      const float rest = w_dp[i] / (w_sum[i] > 0 ? w_sum[i] : 1.0f);
+      delta[i] += rest;
+#pragma unroll
+      for (int n = 0; n < ND; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) dq[i / 2][n][i % 2 * 2 + e] -= rest * wk[i / 2][n][i % 2 * 2 + e];
+    }
+  }
 
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
     const float nan = tau[i] != tau[i] ? not_a_number() : 0.0f;
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i] + nan;
     if constexpr (DALPHA) {
       const float gradient = sums[i].gradient(tile.exponent, quad_sum);
       if (lane_of() % 4 == 0 && row < params.seqlen_q) params.dalpha[tile.row + row] = gradient + nan;

@@ -29,14 +29,14 @@ struct Params {
   const void* v;
   const void* dout;
   void* out;
-  float* out1;
+  unsigned* entries;
   float* tau;
   float* delta;
   void* dq;
   void* dk;
   void* dv;
   float* dalpha;
-  float* transposed;
+  unsigned* transposed;
   signed char* live;
   unsigned* words;
   int* list;

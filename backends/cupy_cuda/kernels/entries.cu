@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
   const T* dout = head_of<T>(params.dout, tile.i_b, params.stride_ob, tile.i_h, params.stride_oh);
-  const EntryList entries = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
+  const EntryList entries = entry_list<BLOCK_M>(params.entries, params, tile.row, tile.first);
   const EntryList sorted = entry_list<BLOCK_M>(params.transposed, params, tile.row, tile.first);
 
   const int lane = lane_of();

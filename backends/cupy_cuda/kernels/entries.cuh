@@ -1,13 +1,14 @@
 // Entries: the pairs of a query and a key with u > 0, one by one, of tiles that have too few for whole blocks.
 //
-// An entry tile has no out1. Its list lies there instead: `starts` of the rows, keys by row, ascending in each, and u.
-// Backward sorts it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds as two T,
-// and codes row * BLOCK_N + key, counted from the tile's first row and the block's first key.
+// The list of an entry tile lies in `entries`: `starts` of the rows, keys by row, ascending in each, and u. Backward sorts
+// it by blocks of keys into `transposed`, laid out alike: `offsets` of the blocks, p and ds as two T, and codes
+// row * BLOCK_N + key, counted from the tile's first row and the block's first key.
 #pragma once
 
 #include "products.cuh"
 
-constexpr int ENTRIES = 6144;       // of a tile, at most
+constexpr int ENTRY_ROOM = 64;      // words of four bytes that a row has, at most
+constexpr int ENTRIES = 5440;       // of a tile, at most
 constexpr int ENTRY_BLOCKS = 2048;  // of keys, at most, where tiles may be entry tiles
 
 // Bits of `live`: the block holds support, in an ordinary tile or in an entry tile; the tile, by its first block, is an
@@ -16,7 +17,7 @@ constexpr int LIVE = 1;
 constexpr int HAS_ENTRIES = 2;
 constexpr int ENTRY_TILE = 4;
 
-// A tile's part of out1, or of a tensor like it.
+// A tile's part of a tensor.
 struct EntryList {
   unsigned short* header;
   unsigned* words;
@@ -32,17 +33,15 @@ struct EntryList {
   __device__ __forceinline__ unsigned short* codes() const { return shorts; }
 };
 
-// At most, of tiles whose values have up to D channels.
-template <int BLOCK_M, int D>
-constexpr int CAPACITY = 2 * BLOCK_M * D / 3 < ENTRIES ? 2 * BLOCK_M * D / 3 : ENTRIES;
-
 // Of the tile of queries from `first` on, in the head whose first query is `row` among all.
 template <int BLOCK_M>
-__device__ __forceinline__ EntryList entry_list(float* tensor, const Params& params, long long row, int first) {
+__device__ __forceinline__ EntryList entry_list(unsigned* tensor, const Params& params, long long row, int first) {
   constexpr int STARTS = BLOCK_M / 2 + 1;
-  const int room = min(BLOCK_M, params.seqlen_q - first) * params.head_dim_v;
+  static_assert(3 * ENTRIES <= 2 * BLOCK_M * ENTRY_ROOM);
+  const int row_room = min(params.head_dim_v, ENTRY_ROOM);
+  const int room = min(BLOCK_M, params.seqlen_q - first) * row_room;
   const int header = max(STARTS, (params.n_blocks + 2) / 2);
-  unsigned* base = reinterpret_cast<unsigned*>(tensor + (row + first) * params.head_dim_v);
+  unsigned* base = tensor + (row + first) * row_room;
   EntryList entries;
   entries.header = reinterpret_cast<unsigned short*>(base);
   entries.words = base + header;
@@ -51,12 +50,15 @@ __device__ __forceinline__ EntryList entry_list(float* tensor, const Params& par
   return entries;
 }
 
-// u as fixed point; what is above 0 stays so.
+// The root of u as fixed point, so that small ones keep their bits; what is above 0 stays so.
 __device__ __forceinline__ unsigned short quantise(float u) {
-  return static_cast<unsigned short>(min(max(static_cast<int>(u * 65535 + 0.5f), 1), 65535));
+  return static_cast<unsigned short>(min(max(static_cast<int>(u * rsqrtf(u) * 65535 + 0.5f), 1), 65535));
 }
 
-__device__ __forceinline__ float dequantise(unsigned short u) { return u * (1.0f / 65535); }
+__device__ __forceinline__ float dequantise(unsigned short u) {
+  const float root = u * (1.0f / 65535);
+  return root * root;
+}
 
 // ---- rows of half precision, by the lanes of a group
 

@@ -1,4 +1,4 @@
-// Output over the listed blocks: out, and for backward out1 = sum w v / sum w and which blocks are live.
+// Output over the listed blocks: out, and for backward which blocks are live.
 #include "entries.cuh"
 #include "products.cuh"
 
@@ -38,8 +38,9 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
 
 // The same with p and w as left operands, 16 keys after the other so that few numbers are in registers at once.
 template <class T, int ALPHA, int N>
-__device__ __forceinline__ bool pack_weights(Weights<T, N>& weights, const float (&s)[1][N][4], float (&f)[2],
-                                             float (&g)[2], const float (&tau)[2], float c, float r) {
+__device__ __forceinline__ bool pack_weights(Packed<T, N>& packed_p, Packed<T, N>& packed_w,
+                                             const float (&s)[1][N][4], float (&f)[2], float (&g)[2],
+                                             const float (&tau)[2], float c, float r) {
   float added[2] = {};
 #pragma unroll
   for (int step = 0; step < N / 2; step++) {
@@ -52,17 +53,17 @@ __device__ __forceinline__ bool pack_weights(Weights<T, N>& weights, const float
         f[e / 2] += p[0][n][e];
         added[e / 2] += w[0][n][e];
       }
-    pack_fragments<T>(weights.p[step], p, 0);
-    pack_fragments<T>(weights.high[step], w, 0);
-    pack_rest<T>(weights.low[step], weights.high[step], w, 0);
+    pack_fragments<T>(packed_p.r[step], p, 0);
+    pack_fragments<T>(packed_w.r[step], w, 0);
   }
   g[0] += added[0];
   g[1] += added[1];
   return added[0] > 0 || added[1] > 0;
 }
 
-// A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. KEYS keys are
-// multiplied at once; values wider than DV are taken in parts.
+// A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
+// is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w. KEYS keys
+// are multiplied at once; values wider than DV are taken in parts.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
           bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   constexpr int N = KEYS / 8;
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
+  constexpr bool CORRECTED = !IS_BF16<T>;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + ROWS * D;
@@ -133,52 +135,58 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
-    float out[M][NV][4], out1[M][NV][4];
+    float out[M][NV][4], wv[M][NV][4];
     clear(out);
-    clear(out1);
+    clear(wv);
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
     auto load = [&](int i, int stage) {
       load_keys(i, stage);
       load_values(i, stage, from);
     };
+    // out += p v, and wv += w v where it is needed.
+    auto begin_sums = [&](const Packed<T, N>& p, const Packed<T, N>& w, int stage) {
+      begin_accumulate(out, p, v_tiles + stage * BLOCK_N * DV);
+      if constexpr (CORRECTED) begin_accumulate(wv, w, v_tiles + stage * BLOCK_N * DV);
+    };
+    auto finish_sums = [&]() {
+      finish<0>(out);
+      if constexpr (CORRECTED) finish<0>(wv);
+    };
     if constexpr (WGMMA && PROGRAMS * WARPS > 8) {
       pipeline<STAGES, true>(count, load, [&](int i, int stage) {
         float s[M][N][4];
-        Weights<T, N> weights;
+        Packed<T, N> p, w;
         begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
         finish<0>(s);
         mask(s, list[i], 0);
-        mark_live(list[i], pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
-        begin_accumulate_both<T, N, NV>(out, out1, weights, v_tiles + stage * BLOCK_N * DV);
-        finish<0>(out);
-        finish<0>(out1);
+        mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
+        begin_sums(p, w, stage);
+        finish_sums();
       });
     } else if constexpr (WGMMA) {
       // A block's values are multiplied while the next block is weighed, if the registers have room for both.
-      Weights<T, N> last;
+      Packed<T, N> last_p, last_w;
       int before = 0;
       pipeline<STAGES, true, 1>(count, load, [&](int i, int stage) {
         float s[M][N][4];
-        Weights<T, N> weights;
+        Packed<T, N> p, w;
         begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
         if (i > 0) {
-          begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);
-          finish<(DV > 64 ? 0 : 1)>(s);
+          begin_sums(last_p, last_w, before);
+          finish<(DV > 64 ? 0 : CORRECTED ? 2 : 1)>(s);
         } else {
           finish<0>(s);
         }
         before = stage;
         mask(s, list[i], 0);
-        mark_live(list[i], pack_weights<T, ALPHA>(weights, s, f, g, tau, c, r));
-        finish<0>(out);
-        finish<0>(out1);
-        last = weights;
+        mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
+        finish_sums();
+        last_p = p, last_w = w;
       });
       if (count > 0) {
-        begin_accumulate_both<T, N, NV>(out, out1, last, v_tiles + before * BLOCK_N * DV);
-        finish<0>(out);
-        finish<0>(out1);
+        begin_sums(last_p, last_w, before);
+        finish_sums();
       }
     } else {
       pipeline<STAGES>(count, load, [&](int i, int stage) {
@@ -189,7 +197,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
           float p[M][N][4], w[M][N][4];
           weights(p, w, j, first, stage);
           has_support |= add_weights(f, g, p, w);
-          accumulate_both<T>(out, out1, p, w, v_tiles + (stage * BLOCK_N + first) * DV, staging);
+          const T* values = v_tiles + (stage * BLOCK_N + first) * DV;
+          if constexpr (CORRECTED) {
+            accumulate_both<T>(out, wv, p, w, values, staging);
+          } else {
+            accumulate<T>(out, p, values, staging);
+          }
         }
         mark_live(j, has_support);
       });
@@ -202,17 +215,16 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
       const float change = newton_step<ALPHA>(f[row], g[row], r);
       if (at >= params.seqlen_q) continue;
       if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change;
-      const float w_sum = g[row] > 0 ? g[row] : 1.0f;
-      const long long start = (tile.row + at) * params.head_dim_v + from;
-      T* to = static_cast<T*>(params.out) + start;
-      float* to1 = params.out1 + start;
+      T* to = static_cast<T*>(params.out) + (tile.row + at) * params.head_dim_v + from;
+      const float norm = f[row] > 0 ? f[row] : 1.0f;
 #pragma unroll
       for (int n = 0; n < NV; n++) {
         const float* sums = out[row / 2][n] + row % 2 * 2;
-        const float* sums1 = out1[row / 2][n] + row % 2 * 2;
-        store_pair(to, column_of(n, 0), width, sums[0] - r * change * sums1[0] + nan,
-                   sums[1] - r * change * sums1[1] + nan);
-        if (params.out1) store_pair(to1, column_of(n, 0), width, sums1[0] / w_sum + nan, sums1[1] / w_sum + nan);
+        const float* slopes = wv[row / 2][n] + row % 2 * 2;
+        float values[2];
+#pragma unroll
+        for (int e = 0; e < 2; e++) values[e] = CORRECTED ? sums[e] - r * change * slopes[e] : sums[e] / norm;
+        store_pair(to, column_of(n, 0), width, values[0] + nan, values[1] + nan);
       }
     }
   }

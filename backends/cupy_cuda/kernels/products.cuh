@@ -181,20 +181,6 @@ __device__ __forceinline__ void pack_fragments(unsigned (&a)[M][4], const float 
     }
 }
 
-// What packing rounded away.
-template <class T, int M, int N>
-__device__ __forceinline__ void pack_rest(unsigned (&rest)[M][4], const unsigned (&a)[M][4],
-                                          const float (&p)[M][N][4], int step) {
-#pragma unroll
-  for (int m = 0; m < M; m++)
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float2 rounded = unpack2<T>(a[m][i]);
-      const int n = 2 * step + i / 2, e = i % 2 * 2;
-      rest[m][i] = pack2<T>(p[m][n][e] - rounded.x, p[m][n][e + 1] - rounded.y);
-    }
-}
-
 template <class T, int D>
 __device__ __forceinline__ void load_columns(unsigned (&b)[4], const T* tile, int step, int n) {
   const int lane = lane_of();
@@ -264,33 +250,28 @@ __device__ __forceinline__ void accumulate(float (&acc)[M][NV][4], const float (
   }
 }
 
-// out += p v and out1 += w v. w goes in two halves: delta hangs on out1, and an error in delta reaches all keys of a row
-// alike, so that it does not average out.
+// Two of them with the same b.
 template <class T, int M, int N, int NV>
-__device__ __forceinline__ void accumulate_both(float (&out)[M][NV][4], float (&out1)[M][NV][4],
-                                                const float (&p)[M][N][4], const float (&w)[M][N][4], const T* v,
+__device__ __forceinline__ void accumulate_both(float (&acc)[M][NV][4], float (&other_acc)[M][NV][4],
+                                                const float (&p)[M][N][4], const float (&other)[M][N][4], const T* b,
                                                 float* staging) {
   if constexpr (IS_HALF<T>) {
 #pragma unroll
     for (int step = 0; step < N / 2; step++) {
-      unsigned a[M][4], high[M][4], low[M][4];
+      unsigned a[M][4], other_a[M][4];
       pack_fragments<T>(a, p, step);
-      pack_fragments<T>(high, w, step);
-      pack_rest<T>(low, high, w, step);
+      pack_fragments<T>(other_a, other, step);
 #pragma unroll
       for (int n = 0; n < NV; n += 2) {
         unsigned columns[4];
-        load_columns<T, 8 * NV>(columns, v, step, n);
-        multiply<T>(out, a, columns, n);
-        multiply<T>(out1, high, columns, n);
-        multiply<T>(out1, low, columns, n);
+        load_columns<T, 8 * NV>(columns, b, step, n);
+        multiply<T>(acc, a, columns, n);
+        multiply<T>(other_acc, other_a, columns, n);
       }
     }
   } else {
-    stage(staging, p);
-    multiply_staged<M, N, NV>(out, staging, v);
-    stage(staging, w);
-    multiply_staged<M, N, NV>(out1, staging, v);
+    accumulate<T>(acc, p, b, staging);
+    accumulate<T>(other_acc, other, b, staging);
   }
 }
 
@@ -322,27 +303,5 @@ __device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const P
 #pragma unroll
     for (int n = 0; n < NV; n += AT_ONCE<NV>)
       wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
-  wgmma_commit();
-}
-
-// p and w as left operands, w in two halves.
-template <class T, int N>
-struct Weights {
-  unsigned p[N / 2][1][4], high[N / 2][1][4], low[N / 2][1][4];
-};
-
-template <class T, int N, int NV>
-__device__ __forceinline__ void begin_accumulate_both(float (&out)[1][NV][4], float (&out1)[1][NV][4],
-                                                      const Weights<T, N>& weights, const T* v) {
-  wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < N / 2; step++)
-#pragma unroll
-    for (int n = 0; n < NV; n += AT_ONCE<NV>) {
-      const unsigned long long operand = columns_operand<T, 8 * NV>(v, step, n);
-      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out, n), weights.p[step][0], operand, true);
-      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out1, n), weights.high[step][0], operand, true);
-      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(out1, n), weights.low[step][0], operand, true);
-    }
   wgmma_commit();
 }

@@ -12,6 +12,12 @@ struct bf16 {
   unsigned short bits;
 };
 
+template <class T>
+constexpr bool IS_BF16 = false;
+
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
 constexpr unsigned WHOLE_WARP = 0xffffffffu;
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
@@ -153,12 +159,6 @@ __device__ __forceinline__ unsigned long long wgmma_operand(const void* tile, in
 __device__ __forceinline__ unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
   return (operand & ~0xffffffffULL) | (static_cast<unsigned>(operand) + static_cast<unsigned>(bytes >> 4));
 }
-
-template <class T>
-constexpr bool IS_BF16 = false;
-
-template <>
-constexpr bool IS_BF16<bf16> = true;
 
 #define MULTIPLY(columns, sums, names, adds, operands, transposes, ...)                                               \
   if constexpr (IS_BF16<T>) {                                                                                         \

@@ -160,7 +160,7 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
     if (lane_of() % 4 == 0 && query < params.seqlen_q) params.tau[tile.row + query] = tau[row];
   }
   signed char* live = params.live + tile.index * params.n_blocks;
-  if (params.out1) {
+  if (params.entries) {
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       const int start = places.begin + places.start[row];
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     constexpr int ROOM = D > 64 ? 164 : 204;  // a multiple of 4, but not of 8: then quads read from different banks
     static_assert(BLOCK_N == 2 * RowEntries<ROOM>::PAIRS && ENTRY_BLOCKS * BLOCK_N / 2 <= 1 << 16);
     // Where queries and keys were.
-    static_assert(CAPACITY<BLOCK_M, D> * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
+    static_assert(::ENTRIES * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
     RowEntries<ROOM> entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS / 4 * ROOM));
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
     int n_steps = params.by_entries && !has_bad ? count : 0;
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     if (n_steps > 0 && has_all) {
       float end[R] = {tau[0], tau[1]};
       const EntryPlaces places = solve_by_entries<ALPHA, WARPS>(entries, end, c, r, reinterpret_cast<int*>(scratch));
-      const EntryList saved = entry_list<BLOCK_M>(params.out1, params, tile.row, tile.first);
+      const EntryList saved = entry_list<BLOCK_M>(params.entries, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
         attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,

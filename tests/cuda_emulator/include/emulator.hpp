@@ -134,6 +134,7 @@ inline int __float_as_int(float x) { return ::emulator::bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return ::emulator::bits<unsigned>(x); }
 inline float __int_as_float(int x) { return ::emulator::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return ::emulator::bits<float>(x); }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(unsigned(x)); }

@@ -11,6 +11,9 @@ struct bf16 {
     unsigned short bits;
 };
 
+template <class T>
+constexpr bool IS_BF16 = std::is_same_v<T, bf16>;
+
 namespace emulator {
 
 #if defined(__aarch64__)
@@ -151,16 +154,16 @@ inline unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
 }
 template <class T, int N>
 inline void wgmma_rows(float (&d)[N][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {}, a, b, true, false, std::is_same_v<T, bf16>, adds}, site);
+    emulator::begin_step({d[0], 8 * N, {}, a, b, true, false, IS_BF16<T>, adds}, site);
 }
 template <class T, int N>
 inline void wgmma_rows(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, std::is_same_v<T, bf16>, adds},
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, IS_BF16<T>, adds},
                          site);
 }
 template <class T, int N>
 inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, std::is_same_v<T, bf16>, adds},
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, IS_BF16<T>, adds},
                          site);
 }
 
