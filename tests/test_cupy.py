@@ -496,6 +496,7 @@ PARTS: list[tuple[str, torch.dtype, int, Any, str]] = [
     ("86", FLOAT, 256, 1.5, "maxima"),
     ("89", HALF, 256, 2.0, "maxima"),
     ("90a", BF16, 64, 1.5, "maxima"),
+    ("90a", BF16, 128, 1.3, "maxima"),
     ("90a", HALF, 128, (1.2,), "histogram"),
     ("100", BF16, 256, (1.2,), "maxima"),
     ("120", FLOAT, 64, 2.0, "histogram"),
@@ -511,7 +512,9 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
     expected = KERNELS | DECODE_KERNELS | (ENTRIES_KERNELS if config.entries else set())
     assert {kernel.partition("<")[0] for kernel in launches} == expected
     for launch, report in reported(launches, name):
-        assert (report.spills, report.stack) == (0, 0), f"sm_{name}, {launch.kernel}: {report}"
+        # dq in one pass has two sums. Of what makes it fit, two passes or fewer programs, all was slower on an H200.
+        allowed = 128 if re.match(r"entmax_attn_bwd_dq<\w+, \w+, \w+, false, true,", launch.kernel) else 0
+        assert max(report.spills, report.stack) <= allowed, f"sm_{name}, {launch.kernel}: {report}"
         assert launch.shared_bytes <= SHARED_MEMORY[numbers(name)]
 
 

@@ -462,8 +462,8 @@ class CupyBackend:
             alpha = call.alpha_class
             programs = call.programs * call.config.parts("dq")
             per_head = dalpha is not None
-            # Beyond 64 channels a thread has no registers for two sums.
-            one_pass = not per_head and request.alpha <= 1.5 and call.config.head <= 64
+            # Beyond 128 channels a thread has no registers for two sums.
+            one_pass = not per_head and request.alpha <= 1.5 and call.config.head <= 128
             self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, per_head, one_pass)
             if call.has_entries:
                 name = "entmax_attn_bwd_dq_entries"
