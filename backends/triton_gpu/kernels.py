@@ -53,6 +53,7 @@ ALPHA_2 = tl.constexpr(2)
 
 LARGE = tl.constexpr(3e38)
 SMALL = tl.constexpr(1e-30)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 # Not in the interpreter, and not in builds of torch for others' GPUs.
 IS_CUDA = tl.constexpr(
@@ -989,8 +990,8 @@ def entmax_attn_fwd_output(
 @triton.jit
 def _surprise(b_y):
     """phi(y) = exp(y) - 1 - y, by its series where the difference cancels."""
-    series = 1 + b_y / 3 * (1 + b_y / 4 * (1 + b_y / 5 * (1 + b_y / 6 * (1 + b_y / 7))))
-    return tl.where(b_y < 0.25, b_y * b_y / 2 * series, tl.exp(b_y) - 1 - b_y)
+    series = 1 / 2 + b_y * (1 / 6 + b_y * (1 / 24 + b_y * (1 / 120 + b_y * (1 / 720 + b_y * (1 / 5040)))))
+    return tl.where(b_y < 0.25, b_y * b_y * series, tl.exp(b_y) - 1 - b_y)
 
 
 @triton.jit
@@ -1073,8 +1074,7 @@ def _dp_sums(
         b_w_sum += _sum_by_thread(b_w)
         b_w_dp += _sum_by_thread(b_w * b_dp)
         if PER_HEAD:
-            b_y = tl.where(b_u > 0, -tl.log(tl.where(b_u > 0, b_u, 1.0)), 0.0)
-            b_y = tl.maximum(b_y, 0.0)
+            b_y = tl.where(b_u > 0, tl.maximum(-LN_2 * _log2(b_u), 0.0), 0.0)
             b_a = b_p * _surprise(b_y)
             b_dp = tl.where(b_u > 0, b_dp, 0.0)
             b_phi_sum += _sum_by_thread(b_a)
@@ -1124,7 +1124,7 @@ def _dq(
     BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sum w dp k over the listed blocks, where dp = dout . v - shift; with ONE_PASS also sum w, sum w dp and sum w k."""
+    """sum w dp k over the listed blocks, dp = dout . v - shift; with ONE_PASS also sum w, sum w dp and sum w k."""
     j_next = _next_block(LIST, begin, end)
     for i in tl.range(begin, end):
         j = j_next
@@ -1205,11 +1205,12 @@ def entmax_attn_bwd_dq(
     delta = sum w dp / sum w, and ds = w (dp - delta). In general the sums take a pass of their own over the blocks.
 
     With ONE_PASS they do not. ds is linear in delta: with dp taken less a shift, delta is that shift and
-    rest = sum w dp / sum w, and dq = sum w dp k - rest sum w k. Rounding w dp and w to half precision costs, in squares,
-    sum w ** 2 (dp - shift) ** 2 + rest ** 2 sum w ** 2; rounding ds, sum w ** 2 (dp - delta) ** 2. With m, the mean of
-    dp by w ** 2, the first is larger by ((shift - m) ** 2 + (shift - delta) ** 2 - (m - delta) ** 2) sum w ** 2, which
-    is not positive where the shift lies between m and delta. It is dout . out, the mean by p: at alpha = 1.5 that is m,
-    and at smaller alpha p = u ** r lies between w = u ** (r - 1) and w ** 2; above 1.5 it does not.
+    rest = sum w dp / sum w, and dq = sum w dp k - rest sum w k. Rounding w dp and w to half precision costs, in
+    squares, sum w ** 2 (dp - shift) ** 2 + rest ** 2 sum w ** 2; rounding ds, sum w ** 2 (dp - delta) ** 2. With m, the
+    mean of dp by w ** 2, the first is larger by sum w ** 2 times (shift - m) ** 2 + (shift - delta) ** 2
+    - (m - delta) ** 2, which is not positive where the shift lies between m and delta. It is dout . out, the mean by p:
+    at alpha = 1.5 that is m, and at smaller alpha p = u ** r lies between w = u ** (r - 1) and w ** 2; above 1.5 it
+    does not.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS

@@ -16,6 +16,7 @@ constexpr int ALPHA_2 = 2;
 
 constexpr float LARGE = 3e38f;
 constexpr float SMALL = 1e-30f;
+constexpr float LN_2 = 0.69314718f;
 
 constexpr int KEYS_PER_CHECK = 128;
 constexpr int WORD = 32;
@@ -109,8 +110,9 @@ __device__ __forceinline__ float newton_step(float f, float g, float r) {
 
 // phi(y) = exp(y) - 1 - y, by its series where the difference cancels.
 __device__ __forceinline__ float surprise(float y) {
-  const float series = 1 + y / 3 * (1 + y / 4 * (1 + y / 5 * (1 + y / 6 * (1 + y / 7))));
-  return y < 0.25f ? y * y / 2 * series : expf(y) - 1 - y;
+  const float series =
+      1 / 2.0f + y * (1 / 6.0f + y * (1 / 24.0f + y * (1 / 120.0f + y * (1 / 720.0f + y * (1 / 5040.0f)))));
+  return y < 0.25f ? y * y * series : exp2_approx(y * (1 / LN_2)) - 1 - y;
 }
 
 // What the keys of a row add up to for the gradient of its alpha.
@@ -119,7 +121,7 @@ struct AlphaSums {
 
   // A key with u > 0.
   __device__ __forceinline__ void add(float u, float p, float w_of_key, float dp) {
-    const float y_of_key = fmaxf(-0.69314718f * log2f(u), 0.0f);
+    const float y_of_key = fmaxf(-LN_2 * log2_approx(u), 0.0f);
     const float a = p * surprise(y_of_key);
     w += w_of_key;
     phi += a;

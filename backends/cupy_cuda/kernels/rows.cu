@@ -76,7 +76,7 @@ __device__ __forceinline__ void weights_of(float p, float exponent, float& w, fl
   } else {
     w = p == 0 ? 0.0f : exp2f((1 - exponent) * log_p);
   }
-  y = -0.69314718f * exponent * log_p;
+  y = -LN_2 * exponent * log_p;
 }
 
 // dx from p alone, and the gradient of the row's alpha.
