@@ -352,8 +352,8 @@ def _add_rms_limits(
 
 
 def _rms(error: Tensor) -> Tensor:
-    """(batch, heads), entries that are not numbers left out."""
-    return error.nan_to_num(0, 0, 0).square().mean((-2, -1)).sqrt()
+    """(batch, heads), entries that are not numbers left out; 0 where there are none."""
+    return (error.nan_to_num(0, 0, 0).square().sum((-2, -1)) / max(error[0, 0].numel(), 1)).sqrt()
 
 
 def entmax_truth(request: EntmaxRequest) -> Truth:

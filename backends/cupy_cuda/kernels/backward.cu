@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
   // With ONE_PASS, delta is dout . out until the end.
   float tau[R], delta[R], w_sum[R] = {}, w_dp[R] = {};
+  auto nan_of = [](float tau_of_row) { return tau_of_row != tau_of_row ? not_a_number() : 0.0f; };
   AlphaSums sums[R];
 #pragma unroll
   for (int i = 0; i < R; i++) {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           w_sum[row] += w;
           w_dp[row] += w * dp;
           if constexpr (DALPHA) {
-            if (u > 0) sums[row].add(u, p, w, dp);
+            if (u > 0) sums[row].add(u, p, dp);
           }
         }
   };
@@ -120,7 +121,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   float dq[M][ND][4], wk[M][ND][4];
   clear(dq);
   clear(wk);
-#pragma unroll 1
+#pragma unroll
   for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
     for_listed<WARPS>(
         (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
@@ -178,34 +179,32 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
                 }
               });
         });
-    if (pass == 0) {
-      quad_sums(w_sum, w_dp);
-#pragma unroll
-      for (int i = 0; i < R; i++) delta[i] = w_dp[i] / (w_sum[i] > 0 ? w_sum[i] : 1.0f);
-    }
-  }
-  if constexpr (ONE_PASS) {
+    if (!ONE_PASS && pass == 1) break;
     quad_sums(w_sum, w_dp);
 #pragma unroll
     for (int i = 0; i < R; i++) {
-      const float rest = w_dp[i] / (w_sum[i] > 0 ? w_sum[i] : 1.0f);
+      w_sum[i] = w_sum[i] > 0 ? w_sum[i] : 1.0f;
+      const float rest = w_dp[i] / w_sum[i];
       delta[i] += rest;
+      if constexpr (DALPHA) {
+        const int row = tile.first + row_of<M>(i);
+        const float gradient = sums[i].gradient(tile.exponent, w_sum[i], quad_sum);
+        if (lane_of() % 4 == 0 && row < params.seqlen_q) params.dalpha[tile.row + row] = gradient + nan_of(tau[i]);
+      }
+      if constexpr (ONE_PASS) {
 #pragma unroll
-      for (int n = 0; n < ND; n++)
+        for (int n = 0; n < ND; n++)
 #pragma unroll
-        for (int e = 0; e < 2; e++) dq[i / 2][n][i % 2 * 2 + e] -= rest * wk[i / 2][n][i % 2 * 2 + e];
+          for (int e = 0; e < 2; e++) dq[i / 2][n][i % 2 * 2 + e] -= rest * wk[i / 2][n][i % 2 * 2 + e];
+      }
     }
   }
 
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
-    const float nan = tau[i] != tau[i] ? not_a_number() : 0.0f;
+    const float nan = nan_of(tau[i]);
     if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i] + nan;
-    if constexpr (DALPHA) {
-      const float gradient = sums[i].gradient(tile.exponent, quad_sum);
-      if (lane_of() % 4 == 0 && row < params.seqlen_q) params.dalpha[tile.row + row] = gradient + nan;
-    }
     if (row >= params.seqlen_q) continue;
     T* to = static_cast<T*>(params.dq) + (tile.row + row) * params.head_dim;
     const float factor = params.scale * params.sign;

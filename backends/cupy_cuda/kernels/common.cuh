@@ -117,24 +117,22 @@ __device__ __forceinline__ float surprise(float y) {
 
 // What the keys of a row add up to for the gradient of its alpha.
 struct AlphaSums {
-  float w = 0, phi = 0, y = 0, b_dp = 0, a_dp = 0;
+  float phi = 0, y = 0, b_dp = 0, a_dp = 0;
 
   // A key with u > 0.
-  __device__ __forceinline__ void add(float u, float p, float w_of_key, float dp) {
+  __device__ __forceinline__ void add(float u, float p, float dp) {
     const float y_of_key = fmaxf(-LN_2 * log2_approx(u), 0.0f);
     const float a = p * surprise(y_of_key);
-    w += w_of_key;
     phi += a;
     y += p * y_of_key;
     b_dp += p * (1 + y_of_key) * dp;
     a_dp += a * dp;
   }
 
-  // Each by `sum` over the threads that share the row.
+  // Each by `sum` over the threads that share the row; w_sum is that of w, or 1.
   template <class Sum>
-  __device__ __forceinline__ float gradient(float exponent, Sum&& sum) const {
-    const float w_sum = sum(w);
-    return (sum(phi) * sum(b_dp) - (1 + sum(y)) * sum(a_dp)) / ((w_sum > 0 ? w_sum : 1.0f) * exponent * exponent);
+  __device__ __forceinline__ float gradient(float exponent, float w_sum, Sum&& sum) const {
+    return (sum(phi) * sum(b_dp) - (1 + sum(y)) * sum(a_dp)) / (w_sum * exponent * exponent);
   }
 };
 

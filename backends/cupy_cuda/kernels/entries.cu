@@ -51,13 +51,14 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
     powers<ALPHA>(u, r, p, w);
     w_sum += w;
     w_dp += w * dp;
-    if constexpr (DALPHA) alpha_sums.add(u, p, w, dp);
+    if constexpr (DALPHA) alpha_sums.add(u, p, dp);
   }
   auto row_sum = [](float x) { return x + shfl_xor(x, 1); };
   w_sum = row_sum(w_sum);
-  const float delta = row_sum(w_dp) / (w_sum > 0 ? w_sum : 1.0f);
+  w_sum = w_sum > 0 ? w_sum : 1.0f;
+  const float delta = row_sum(w_dp) / w_sum;
   if constexpr (DALPHA) {
-    const float gradient = alpha_sums.gradient(tile.exponent, row_sum);
+    const float gradient = alpha_sums.gradient(tile.exponent, w_sum, row_sum);
     if (lane % 2 == 0 && first_query + lane / 2 < params.seqlen_q)
       params.dalpha[tile.row + first_query + lane / 2] = gradient;
   }
