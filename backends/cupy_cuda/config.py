@@ -112,7 +112,7 @@ class Config:
 
 
 def leads(request: AttentionRequest) -> bool:
-    """Whether it was faster than the Triton backend, or took 4% more, in all that was measured of such calls.
+    """Whether it was faster than the Triton backend in all that was measured of such calls.
 
     That is in docs/performance.md.
     """
