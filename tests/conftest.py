@@ -22,7 +22,7 @@ from adasplash2.contract import AttentionRequest, Backend, EntmaxRequest, Unsupp
 
 _common = settings(deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("dev", _common, max_examples=10)
-settings.register_profile("few", _common, max_examples=4, derandomize=True)
+settings.register_profile("few", _common, max_examples=3, derandomize=True)
 settings.register_profile("ci", _common, max_examples=20, derandomize=True)
 settings.register_profile("nightly", _common, max_examples=1000)
 settings.load_profile("dev")
