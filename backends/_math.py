@@ -9,7 +9,21 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionRequest, SupportStats
 
-__all__ = ["in_dtype_of", "keys_seen", "live_blocks", "multiprocessors", "support_stats", "visible_counts"]
+__all__ = [
+    "TARGET",
+    "in_dtype_of",
+    "is_dq_one_pass",
+    "keys_seen",
+    "live_blocks",
+    "multiprocessors",
+    "support_stats",
+    "visible_counts",
+]
+
+# What may be left of tau's error when the output pass of a GPU begins, in units of the mean u. The output pass ends it.
+# Where the dtype would show the error, out is corrected by a product of its own, which squares it; in bfloat16 a tile's
+# worst row is off by a quarter of its last bit, others by less. On float32 at alpha = 2 the bound is that of rounding.
+TARGET = {torch.float16: 1e-3, torch.bfloat16: 5e-4, torch.float32: 1e-6}
 
 
 def keys_seen(request: AttentionRequest) -> Tensor:
@@ -52,6 +66,14 @@ def support_stats(
 def in_dtype_of(alphas: Tensor | None, dalpha: Tensor | None) -> Tensor | None:
     """The gradient of a tensor alpha in alpha's dtype; None where there is none."""
     return None if alphas is None or dalpha is None else dalpha.to(alphas.dtype)
+
+
+def is_dq_one_pass(request: AttentionRequest) -> bool:
+    """Whether dq loses nothing where dout . out stands for delta at first (entmax_attn_bwd_dq of the Triton backend).
+
+    The gradient of alpha needs a pass of its own anyway.
+    """
+    return request.alpha_heads is None and request.alpha <= 1.5
 
 
 def live_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, live_blocks, multiprocessors, support_stats
+from .._math import TARGET, in_dtype_of, is_dq_one_pass, live_blocks, multiprocessors, support_stats
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
@@ -47,10 +47,6 @@ MANY = 2048  # keys, at least, that are split over programs when the queries are
 KEYS_PER_SPLIT = 256
 SLOTS = 512
 KEYS_PER_SLOT = 128
-
-# What may be left of tau's error when the output pass begins, in units of the mean u. The output pass then squares the
-# error (output.cu). On float32 at alpha = 2 the bound is that of rounding.
-TARGET = {torch.float16: 1e-3, torch.bfloat16: 5e-4, torch.float32: 1e-6}
 
 _TYPES = {torch.float16: "half", torch.bfloat16: "bf16", torch.float32: "float"}
 _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
@@ -463,7 +459,7 @@ class CupyBackend:
             programs = call.programs * call.config.parts("dq")
             per_head = dalpha is not None
             # Beyond 128 channels a thread has no registers for two sums.
-            one_pass = not per_head and request.alpha <= 1.5 and call.config.head <= 128
+            one_pass = is_dq_one_pass(request) and call.config.head <= 128
             self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, per_head, one_pass)
             if call.has_entries:
                 name = "entmax_attn_bwd_dq_entries"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import in_dtype_of, live_blocks, multiprocessors, support_stats
+from .._math import TARGET, in_dtype_of, is_dq_one_pass, live_blocks, multiprocessors, support_stats
 from . import decode, kernels
 from .config import Config, Launch, configure, decode_launch, padded
 
@@ -32,11 +32,7 @@ PROGRAMS_PER_MULTIPROCESSOR = {16: 3, 32: 3, 64: 2}
 PRODUCTS_PER_SPLIT = 4
 SLOTS = 512
 
-# What may be left of tau's error when the output pass begins, in units of the mean u, and the passes that finding it
-# may take. The output pass ends it. Where the dtype would show the error, out is corrected by a product of its own,
-# which squares it (kernels.py); in bfloat16 a tile's worst row is off by a quarter of its last bit, others by less.
-# On float32 at alpha = 2 the bound is that of rounding.
-TARGET = {torch.float16: 1e-3, torch.bfloat16: 5e-4, torch.float32: 1e-6}
+# Dtypes that would show what TARGET leaves, and the passes that finding tau may take.
 CORRECTED = (torch.float16, torch.float32)
 MAX_STEPS = 16
 MAX_ROW_STEPS = 64
@@ -484,7 +480,7 @@ class TritonBackend:
                 DALPHA=dalpha,
                 LIST=call.list_like(call.programs * config.dq_programs, call.n_blocks),
                 TILE_PROGRAMS=config.dq_programs,
-                ONE_PASS=request.alpha_heads is None and request.alpha <= 1.5,
+                ONE_PASS=is_dq_one_pass(request),
                 **shared,
             )
             programs = call.batch * call.heads_kv * call.n_blocks

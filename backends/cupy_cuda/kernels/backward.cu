@@ -47,7 +47,6 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
   // With ONE_PASS, delta is dout . out until the end.
   float tau[R], delta[R], w_sum[R] = {}, w_dp[R] = {};
-  auto nan_of = [](float tau_of_row) { return tau_of_row != tau_of_row ? not_a_number() : 0.0f; };
   AlphaSums sums[R];
 #pragma unroll
   for (int i = 0; i < R; i++) {
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           w_sum[row] += w;
           w_dp[row] += w * dp;
           if constexpr (DALPHA) {
-            if (u > 0) sums[row].add(u, p, dp);
+            if (u > 0) sums[row].add_u(u, p, dp);
           }
         }
   };

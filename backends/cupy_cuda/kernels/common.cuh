@@ -79,6 +79,9 @@ struct alignas(16) Vec4 {
 // is clamped to [0, 1] costs nothing more, a maximum an instruction at half rate.
 __device__ __forceinline__ float saturate(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
 
+// What a row with this tau adds to its results: NaN where it has none, else 0.
+__device__ __forceinline__ float nan_of(float tau) { return tau != tau ? not_a_number() : 0.0f; }
+
 template <int ALPHA>
 __device__ __forceinline__ void powers(float u, float r, float& p, float& w) {
   if constexpr (ALPHA == ALPHA_1_5) {
@@ -120,8 +123,12 @@ struct AlphaSums {
   float phi = 0, y = 0, b_dp = 0, a_dp = 0;
 
   // A key with u > 0.
-  __device__ __forceinline__ void add(float u, float p, float dp) {
-    const float y_of_key = fmaxf(-LN_2 * log2_approx(u), 0.0f);
+  __device__ __forceinline__ void add_u(float u, float p, float dp) {
+    add(fmaxf(-LN_2 * log2_approx(u), 0.0f), p, dp);
+  }
+
+  // y = -log u.
+  __device__ __forceinline__ void add(float y_of_key, float p, float dp) {
     const float a = p * surprise(y_of_key);
     phi += a;
     y += p * y_of_key;

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
     powers<ALPHA>(u, r, p, w);
     w_sum += w;
     w_dp += w * dp;
-    if constexpr (DALPHA) alpha_sums.add(u, p, dp);
+    if constexpr (DALPHA) alpha_sums.add_u(u, p, dp);
   }
   auto row_sum = [](float x) { return x + shfl_xor(x, 1); };
   w_sum = row_sum(w_sum);

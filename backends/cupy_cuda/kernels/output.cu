@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
 #pragma unroll
     for (int row = 0; row < R; row++) {
       const int at = tile.first + row_of<M>(row);
-      const float nan = tau[row] != tau[row] ? not_a_number() : 0.0f;
+      const float nan = nan_of(tau[row]);
       const float change = newton_step<ALPHA>(f[row], g[row], r);
       if (at >= params.seqlen_q) continue;
       if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change;

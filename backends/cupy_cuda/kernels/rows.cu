@@ -90,20 +90,17 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_bwd(const RowParams p
   T* dx = static_cast<T*>(params.dx) + i_row * params.n;
   const float exponent = (params.alpha_rows ? params.alpha_rows[i_row] : params.alpha) - 1;
 
-  float w_sum = 0, w_dp = 0, phi_sum = 0, y_sum = 0, b_dp = 0, a_dp = 0;
+  float w_sum = 0, w_dp = 0;
+  AlphaSums sums;
   for (long long i = threadIdx.x; i < params.n; i += ROW_THREADS) {
     const float p = to_float<T>(p_row[i]);
     if (p == 0) continue;
     const float dp = to_float<T>(dp_row[i * params.stride_n]);
     float w, y;
     weights_of<ALPHA>(p, exponent, w, y);
-    const float a = p * surprise(y);
     w_sum += w;
     w_dp += w * dp;
-    phi_sum += a;
-    y_sum += p * y;
-    b_dp += p * (1 + y) * dp;
-    a_dp += a * dp;
+    sums.add(y, p, dp);
   }
   w_sum = block_sum<ROW_WARPS>(w_sum, scratch);
   w_sum = w_sum == 0 ? 1.0f : w_sum;
@@ -115,11 +112,8 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_bwd(const RowParams p
     dx[i] = from_float<T>(p == 0 ? 0.0f : w * (to_float<T>(dp_row[i * params.stride_n]) - delta));
   }
   if (params.dalpha) {
-    phi_sum = block_sum<ROW_WARPS>(phi_sum, scratch);
-    y_sum = block_sum<ROW_WARPS>(y_sum, scratch);
-    b_dp = block_sum<ROW_WARPS>(b_dp, scratch);
-    a_dp = block_sum<ROW_WARPS>(a_dp, scratch);
-    if (threadIdx.x == 0)
-      params.dalpha[i_row] = (phi_sum * b_dp - (1 + y_sum) * a_dp) / (w_sum * exponent * exponent);
+    const float gradient =
+        sums.gradient(exponent, w_sum, [&](float x) { return block_sum<ROW_WARPS>(x, scratch); });
+    if (threadIdx.x == 0) params.dalpha[i_row] = gradient;
   }
 }
