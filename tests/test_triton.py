@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton")
 
 from triton_interpreter import quicken  # noqa: E402
 
+from adasplash2.backends._math import TARGET  # noqa: E402
 from adasplash2.backends.triton_gpu import TritonBackend, backend, decode, kernels  # noqa: E402
 from adasplash2.backends.triton_gpu.config import Config, Launch, configure, padded  # noqa: E402
 
@@ -374,7 +375,7 @@ def test_initialisations(init: Any) -> None:
 def test_out_without_its_correction(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """As bfloat16 gets it, which the interpreter cannot multiply: here within the bounds of float16."""
     monkeypatch.setattr(backend, "CORRECTED", ())
-    monkeypatch.setitem(backend.TARGET, HALF, backend.TARGET[torch.bfloat16])
+    monkeypatch.setitem(TARGET, HALF, TARGET[torch.bfloat16])
     device = device_here()
     for kind in ("iid", "narrow", "topics", "ties"):
         case = Case(150, 300, head_dim=64, kind=kind, is_causal=True, dtype=HALF, alpha=alpha)
