@@ -67,7 +67,6 @@ MODELS = {
 }
 FACTORS = (1, 2, 4, 8, 16)
 TOKENS_PER_PAIR = 8  # of the sequence: 2 for the pair, 1 for its query, 5 that mean nothing
-TEST_QUERIES = 2048  # per length
 MEASURES = {
     "accuracy": "queries answered right, %",
     "weight": "weight on the right key, %",
@@ -77,7 +76,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of the task, the model and the training."""
+    """Sizes of the task, the model, the training and the test."""
 
     seqlen: int = 64
     steps: int = 1200
@@ -88,6 +87,7 @@ class Setting:
     head_dim: int = 16
     learning_rate: float = 3e-3
     weight_decay: float = 0.1
+    queries: int = 2048  # at each length
 
     @property
     def keys(self) -> int:
@@ -260,7 +260,7 @@ def evaluate(model: Model, setting: Setting, device: torch.device, sharpened: bo
         pairs = seqlen // TOKENS_PER_PAIR
         sharpness = math.log(seqlen) / math.log(setting.seqlen) if sharpened else 1.0
         generator = torch.Generator().manual_seed(-factor)
-        recall = make_recall(max(1, TEST_QUERIES // pairs), seqlen, setting.keys, generator).to(device)
+        recall = make_recall(max(1, setting.queries // pairs), seqlen, setting.keys, generator).to(device)
         weight, support = [], []
         for p in model.weights(recall, sharpness):
             # The right key's own token is at 2i, but what the query looks for is its value, at 2i + 1.
@@ -381,6 +381,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=_at_least(1), help="runs of each model; the preset's unless given")
     parser.add_argument("--steps", type=_at_least(1), help="training steps; the preset's unless given")
     parser.add_argument("--seqlen", type=_training_length, help="of the training; the preset's unless given")
+    parser.add_argument("--queries", type=_at_least(1), help="of the test, at each length; the preset's unless given")
     parser.add_argument("--device", type=torch.device, help="cuda for the preset gpu, else cpu, unless given")
     parser.add_argument("--out", type=output(".png"), default="long_context_recall.png", help="picture to write")
     parser.add_argument("--json", type=output(".json"), default="long_context_recall.json", help="results to write")
@@ -431,7 +432,7 @@ def run_all(results: dict[str, Any], seeds: range, device: torch.device, path: P
 
 
 def train_all(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    changes = {name: value for name in ("seeds", "steps", "seqlen") if (value := getattr(options, name))}
+    changes = {name: value for name in ("seeds", "steps", "seqlen", "queries") if (value := getattr(options, name))}
     setting = dataclasses.replace(PRESETS[options.preset], **changes)
     device = options.device or torch.device("cuda" if options.preset == "gpu" else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():

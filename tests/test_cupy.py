@@ -858,7 +858,7 @@ BY_ENTRIES = [
     ),
     ("all", Case(1500, 400, head_dim=64, head_dim_v=64, dtype=HALF, gain=2)),
     ("all", Case(17, 16500, head_dim=40, head_dim_v=64, dtype=HALF, gain=1.5)),
-    ("all", Case(128, 66_000, head_dim=24, head_dim_v=64, dtype=HALF, gain=1.5)),
+    ("all", Case(20, 66_000, head_dim=24, head_dim_v=64, dtype=HALF, gain=1.5)),
     ("some", Case(2000, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="topics", gain=2)),
     ("none", Case(150, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="narrow", is_causal=True)),
 ]

@@ -26,7 +26,7 @@ RESULTS = sorted((EXAMPLES / "results").glob("long_context_recall*.json"))
 # Script: its arguments for a run of seconds, and the files that it then writes.
 RUNS = {
     "long_context_recall.py": (
-        ["--steps=2", "--seqlen=16", "--seeds=1", "--json=results.json", "--out=picture.png"],
+        ["--steps=2", "--seqlen=16", "--seeds=1", "--queries=32", "--json=results.json", "--out=picture.png"],
         ["results.json", "picture.png"],
     ),
     "softmax_to_entmax.py": (
@@ -64,7 +64,7 @@ def test_example_runs_and_writes_its_files(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="a Ctrl-C cannot be sent to a single process on Windows")
 def test_ctrl_c_keeps_the_runs_that_are_done(tmp_path: Path) -> None:
-    arguments = ["--steps=20", "--seqlen=16", "--seeds=200"]
+    arguments = ["--steps=20", "--seqlen=16", "--seeds=200", "--queries=32"]
     with subprocess.Popen(
         command("long_context_recall.py", *arguments),
         cwd=tmp_path,
@@ -205,8 +205,7 @@ def test_a_run_is_in_the_file_before_the_next_one(tmp_path: Path, monkeypatch: p
         return once(name, *others)
 
     monkeypatch.setattr(recall, "run_one", run_one)
-    monkeypatch.setattr(recall, "TEST_QUERIES", 32)
-    assert recall.main(["--steps=1", "--seqlen=16", "--seeds=1"]) == 0
+    assert recall.main(["--steps=1", "--seqlen=16", "--seeds=1", "--queries=32"]) == 0
     assert kept == [list(recall.MODELS)[:i] for i in range(len(recall.MODELS))]
 
 

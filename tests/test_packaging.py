@@ -25,9 +25,9 @@ import adasplash2, torch
 from importlib.metadata import version
 assert adasplash2.__version__ == version("adasplash2")
 q, k, v = torch.randn(3, 1, 2, 40, 8, requires_grad=True).unbind()
-out = adasplash2.attention(q, k, v, is_causal=True)
-out.sum().backward()
-torch.testing.assert_close(out, adasplash2.attention(q, k, v, is_causal=True, backend="reference"))
+adasplash2.attention(q, k, v, is_causal=True, backend="reference").sum().backward()
+# Of the kernels of the CPU, those that are compiled the soonest.
+torch.testing.assert_close(adasplash2.entmax(q), adasplash2.entmax(q, backend="reference"))
 print(adasplash2.explain(q, k, v).chosen, adasplash2.__file__)
 """
 
