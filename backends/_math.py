@@ -10,15 +10,24 @@ from torch import Tensor
 from adasplash2.contract import AttentionRequest, SupportStats
 
 __all__ = [
+    "MANY",
+    "SHORT",
     "TARGET",
     "in_dtype_of",
+    "is_decoding",
     "is_dq_one_pass",
     "keys_seen",
     "live_blocks",
     "multiprocessors",
+    "readable",
     "support_stats",
+    "tiles_and_blocks",
     "visible_counts",
+    "wide_heads",
 ]
+
+SHORT = 16  # queries, at most, that are few
+MANY = 2048  # keys, at least, that are split over programs of a GPU when the queries are few
 
 # What may be left of tau's error when the output pass of a GPU begins, in units of the mean u. The output pass ends it.
 # Where the dtype would show the error, out is corrected by a product of its own, which squares it; in bfloat16 a tile's
@@ -76,9 +85,33 @@ def is_dq_one_pass(request: AttentionRequest) -> bool:
     return request.alpha_heads is None and request.alpha <= 1.5
 
 
-def live_blocks(request: AttentionRequest, n_tiles: int, n_blocks: int) -> Tensor:
+def is_decoding(request: AttentionRequest) -> bool:
+    """Whether there are few queries over many keys, and no backward pass."""
+    return not request.save_for_backward and request.seqlen_q <= SHORT and request.seqlen_k >= MANY
+
+
+def wide_heads(request: AttentionRequest) -> tuple[str, ...]:
+    """The reasons against heads that are wider than a GPU's kernels take."""
+    sizes = {"head_dim": request.head_dim, "head_dim_v": request.head_dim_v}
+    return tuple(f"got {name}={size}; needs at most 256" for name, size in sizes.items() if size > 256)
+
+
+def readable(t: Tensor) -> Tensor:
+    """The tensor with dense rows: a copy only where it has none."""
+    if t.requires_grad:
+        t = t.detach()
+    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def tiles_and_blocks(request: AttentionRequest, block_m: int, block_n: int) -> tuple[int, int]:
+    """Tiles of queries and blocks of keys of one head."""
+    return -(-request.seqlen_q // block_m), -(-request.seqlen_k // block_n)
+
+
+def live_blocks(request: AttentionRequest, block_m: int, block_n: int) -> Tensor:
     """Room for a byte per tile of queries and block of keys."""
-    return request.q.new_empty((request.batch, request.heads_q, n_tiles, n_blocks), dtype=torch.int8)
+    shape = (request.batch, request.heads_q, *tiles_and_blocks(request, block_m, block_n))
+    return request.q.new_empty(shape, dtype=torch.int8)
 
 
 @functools.cache

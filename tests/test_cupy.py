@@ -23,6 +23,7 @@ from cuda_emulator import EmulatedLauncher, unavailable
 from strategies import Case
 
 from adasplash2 import registry
+from adasplash2.backends._math import MANY
 from adasplash2.backends.cupy_cuda import CupyBackend, backend, launcher
 from adasplash2.backends.cupy_cuda.config import (
     CAPABILITIES,
@@ -105,8 +106,8 @@ def few_queries(request: AttentionRequest, seqlen_q: int, group: int) -> Attenti
     return dataclasses.replace(
         request,
         q=request.q.new_zeros(1, group, seqlen_q, request.head_dim),
-        k=request.k.new_zeros(1, 1, backend.MANY, request.head_dim),
-        v=request.v.new_zeros(1, 1, backend.MANY, request.head_dim_v),
+        k=request.k.new_zeros(1, 1, MANY, request.head_dim),
+        v=request.v.new_zeros(1, 1, MANY, request.head_dim_v),
         alpha_heads=None if alphas is None else alphas[:1].expand(group),
         save_for_backward=False,
     )

@@ -21,7 +21,7 @@ triton = pytest.importorskip("triton")
 
 from triton_interpreter import quicken  # noqa: E402
 
-from adasplash2.backends._math import TARGET  # noqa: E402
+from adasplash2.backends._math import MANY, TARGET  # noqa: E402
 from adasplash2.backends.triton_gpu import TritonBackend, backend, decode, kernels  # noqa: E402
 from adasplash2.backends.triton_gpu.config import Config, Launch, configure, padded  # noqa: E402
 
@@ -105,7 +105,7 @@ def names_of(module: Any) -> set[str]:
 def run_everything(request: AttentionRequest) -> None:
     """Every kernel, that of a few queries over many keys on k and v as often as it takes."""
     whole = TritonBackend()
-    times = -(-backend.MANY // max(request.seqlen_k, 1))
+    times = -(-MANY // max(request.seqlen_k, 1))
     few = {name: getattr(request, name).repeat(1, 1, times, 1) for name in "kv"}
     whole.forward(dataclasses.replace(request, q=request.q[:, :, :3], **few, seqlens_q=None, seqlens_k=None))
     request = dataclasses.replace(request, save_for_backward=True)

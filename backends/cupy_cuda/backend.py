@@ -15,7 +15,18 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import TARGET, in_dtype_of, is_dq_one_pass, live_blocks, multiprocessors, support_stats
+from .._math import (
+    TARGET,
+    in_dtype_of,
+    is_decoding,
+    is_dq_one_pass,
+    live_blocks,
+    multiprocessors,
+    readable,
+    support_stats,
+    tiles_and_blocks,
+    wide_heads,
+)
 from .config import (
     CAPABILITIES,
     ENTRY_BLOCKS,
@@ -40,8 +51,6 @@ CHECKS_PER_MULTIPROCESSOR = 16
 ROW_WARPS = 8
 SHORTEST_CAPABILITY = CAPABILITIES[0]
 WORD = 32
-SHORT = 16  # queries, at most, that are few
-MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
 # Where keys are split: a program has so many at least, and a row so many slots at most, each with GROUPS maxima.
 KEYS_PER_SPLIT = 256
@@ -125,11 +134,6 @@ def _record(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
     return np.array(tuple([v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in given]), kind)
 
 
-def _readable(t: Tensor) -> Tensor:
-    """The tensor with dense rows: a copy only where it has none."""
-    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.detach().contiguous()
-
-
 def _layout(name: str, t: Tensor) -> dict[str, int]:
     """Strides of batch, heads and rows (those of a dimension of size 1 are never used), and alignment to 16 bytes."""
     *sizes, width = t.shape
@@ -180,10 +184,10 @@ class _Call:
 
     def __init__(self, backend: CupyBackend, request: AttentionRequest) -> None:
         self.request = request
-        self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
+        self.q, self.k, self.v = (readable(t) for t in (request.q, request.k, request.v))
         self.config = backend.config_of(request)
         self.setting = backend.setting_of(request)
-        self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
+        self.n_tiles, self.n_blocks = tiles_and_blocks(request, self.config.block_m, self.config.block_n)
         self.has_entries = self.config.entries and self.n_blocks <= ENTRY_BLOCKS
         self.programs = request.batch * request.heads_q * self.n_tiles
         self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
@@ -229,11 +233,6 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
 
-def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
-    """Tiles of queries and blocks of keys of one head."""
-    return -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
-
-
 def _alpha_class(alpha: float, alphas: Tensor | None) -> str:
     """The powers that the kernels are compiled for."""
     return "ALPHA_ANY" if alphas is not None else _ALPHAS.get(alpha, "ALPHA_ANY")
@@ -271,10 +270,7 @@ class CupyBackend:
         return unavailable_reason() if isinstance(self._launcher, CupyLauncher) else None
 
     def unsupported_reasons(self, request: AttentionRequest) -> tuple[str, ...]:
-        reasons = self._tensor_reasons(request.q)
-        for name, size in (("head_dim", request.head_dim), ("head_dim_v", request.head_dim_v)):
-            if size > 256:
-                reasons += (f"got {name}={size}; needs at most 256",)
+        reasons = self._tensor_reasons(request.q) + wide_heads(request)
         if not reasons and configure(*self.setting_of(request)) is None:
             device = "{}.{}".format(*self._capability_of(request.q.device))
             wide = max(request.head_dim, request.head_dim_v)
@@ -318,7 +314,7 @@ class CupyBackend:
         if not request.save_for_backward:
             return []
         config = self.config_of(request)
-        saved = [live_blocks(request, *_tiles_and_blocks(request, config))]
+        saved = [live_blocks(request, config.block_m, config.block_n)]
         if config.entries:
             shape = (request.batch, request.heads_q, request.seqlen_q, min(request.head_dim_v, ENTRY_ROOM))
             saved.append(request.q.new_empty(shape, dtype=torch.int32))
@@ -381,7 +377,7 @@ class CupyBackend:
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Few queries over many keys; the flags of what is left to the other kernels, and what must live as long."""
         request, dtype = call.request, call.q.dtype
-        if request.save_for_backward or request.seqlen_q > SHORT or request.seqlen_k < MANY:
+        if not is_decoding(request):
             return None, None
         rows = request.seqlen_q * (request.heads_q // request.heads_kv)
         head = call.config.head
@@ -434,7 +430,7 @@ class CupyBackend:
     ) -> AttentionGrads:
         call = _Call(self, request)
         with _on_device(call.q):
-            return self._backward(call, out, tau, saved, _readable(dout))
+            return self._backward(call, out, tau, saved, readable(dout))
 
     def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request = call.request

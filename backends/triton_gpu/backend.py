@@ -15,7 +15,19 @@ from torch import Tensor
 
 from adasplash2.contract import AttentionGrads, AttentionRequest, AttentionResult, EntmaxRequest, SupportStats
 
-from .._math import TARGET, in_dtype_of, is_dq_one_pass, live_blocks, multiprocessors, support_stats
+from .._math import (
+    SHORT,
+    TARGET,
+    in_dtype_of,
+    is_decoding,
+    is_dq_one_pass,
+    live_blocks,
+    multiprocessors,
+    readable,
+    support_stats,
+    tiles_and_blocks,
+    wide_heads,
+)
 from . import decode, kernels
 from .config import Config, Launch, configure, decode_launch, padded
 
@@ -23,8 +35,6 @@ __all__ = ["BACKEND", "TritonBackend"]
 
 KEYS_PER_CHECK = 128
 CHECKS_PER_MULTIPROCESSOR = 16
-SHORT = 16  # queries, at most, that get tiles of their own size
-MANY = 2048  # keys, at least, that are split over programs when the queries are few
 
 # Where keys are split: programs for each multiprocessor by the rows of one, as many as run on it at once; products of
 # one at least; and slots at most, each with 16 maxima that the program of a row goes through.
@@ -42,13 +52,6 @@ _DTYPES = tuple(TARGET)
 
 def _is_interpreted() -> bool:
     return not isinstance(kernels.entmax_attn_fwd_scan, triton.runtime.JITFunction)
-
-
-def _readable(t: Tensor) -> Tensor:
-    """The tensor with dense rows: a copy only where it has none."""
-    if t.requires_grad:
-        t = t.detach()
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 _STRIDES = {name: [f"stride_{name}{axis}" for axis in ("bhm" if name in "qo" else "bhn")] for name in "qkvo"}
@@ -86,23 +89,18 @@ def _shared_memory(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)
 
 
-def _tiles_and_blocks(request: AttentionRequest, config: Config) -> tuple[int, int]:
-    """Tiles of queries and blocks of keys of one head."""
-    return -(-request.seqlen_q // config.block_m), -(-request.seqlen_k // config.block_n)
-
-
 class _Call:
     """What the kernels of one call share."""
 
     def __init__(self, request: AttentionRequest, histogram: bool) -> None:
         self.request = request
         self.histogram = histogram
-        self.q, self.k, self.v = (_readable(t) for t in (request.q, request.k, request.v))
+        self.q, self.k, self.v = (readable(t) for t in (request.q, request.k, request.v))
         self.config = _configure(request)
         # Read once: every property of the request reads a shape.
         self.batch, self.heads_q, self.seqlen_q, self.head_dim = self.q.shape
         _, self.heads_kv, self.seqlen_k, self.head_dim_v = self.v.shape
-        self.n_tiles, self.n_blocks = _tiles_and_blocks(request, self.config)
+        self.n_tiles, self.n_blocks = tiles_and_blocks(request, self.config.block_m, self.config.block_n)
         self.programs = self.batch * self.heads_q * self.n_tiles
         self.is_empty = 0 in (self.batch, self.heads_q, self.seqlen_q, self.seqlen_k)
         alphas = request.alpha_heads
@@ -285,11 +283,7 @@ class TritonBackend:
         return "no CUDA device is visible to torch"
 
     def unsupported_reasons(self, request: AttentionRequest) -> tuple[str, ...]:
-        reasons = _tensor_reasons(request.q)
-        for name, size in (("head_dim", request.head_dim), ("head_dim_v", request.head_dim_v)):
-            if size > 256:
-                reasons += (f"got {name}={size}; needs at most 256",)
-        return reasons
+        return _tensor_reasons(request.q) + wide_heads(request)
 
     def entmax_unsupported_reasons(self, request: EntmaxRequest) -> tuple[str, ...]:
         return _tensor_reasons(request.x)
@@ -297,7 +291,8 @@ class TritonBackend:
     def saved_like(self, request: AttentionRequest) -> list[Tensor]:
         if not request.save_for_backward:
             return []
-        return [live_blocks(request, *_tiles_and_blocks(request, _configure(request)))]
+        config = _configure(request)
+        return [live_blocks(request, config.block_m, config.block_n)]
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(request, self._histogram)
@@ -387,8 +382,7 @@ class TritonBackend:
 
     def _decode(self, call: _Call, arguments: dict[str, Any], out: Tensor, tau: Tensor) -> Tensor | None:
         """Few queries over many keys; the flags of what is left to the other kernels, or None if that is all."""
-        request = call.request
-        if request.save_for_backward or call.seqlen_q > SHORT or call.seqlen_k < MANY:
+        if not is_decoding(call.request):
             return None
         rows = call.seqlen_q * (call.heads_q // call.heads_kv)
         launch, block_m = decode_launch(call.q.dtype, call.head_dim, rows)
@@ -445,7 +439,7 @@ class TritonBackend:
     ) -> AttentionGrads:
         call = _Call(request, self._histogram)
         with _on_device(call.q):
-            return self._backward(call, out, tau, saved, _readable(dout))
+            return self._backward(call, out, tau, saved, readable(dout))
 
     def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request, config = call.request, call.config
