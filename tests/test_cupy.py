@@ -532,6 +532,8 @@ EMULATED = [
     ((9, 0), Case(50, 200, head_dim=128, head_dim_v=96, dtype=BF16, kind="topics")),
     ((9, 0), Case(30, 70, head_dim=200, head_dim_v=256, dtype=BF16, is_causal=True)),
     ((9, 0), Case(70, 140, head_dim=7, head_dim_v=3, is_causal=True, kind="narrow")),
+    # alpha - 1 of an alpha in float32 was off by as much as alpha is.
+    ((9, 0), Case(102, 16, alpha=1.027, kind="narrow", shift=1e5)),
     ((9, 0), Case(40, 90, head_dim=100, head_dim_v=80, alpha=2.0)),
     ((9, 0), Case(20, 40, head_dim=130, head_dim_v=16, is_causal=True)),
     ((9, 0), Case(40, 60, group=2, alpha=(1.5, 1.2), batch=3, seqlens_q=(40, 0, 33), seqlens_k=(0, 60, 20))),
@@ -922,6 +924,17 @@ def test_more_entries_than_there_is_room_for(emulator: EmulatedLauncher, where: 
             request.k[:, :, keys] += row / 5
     assert are_entry_tiles(whole, request).squeeze().tolist() == [True, False, True]
     assert_attention(whole, request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_no_room_for_the_header_of_no_entries(emulator: EmulatedLauncher) -> None:
+    """At scores so far from zero no u is above 0; the starts of the rows went past the end of their tensor."""
+    case = Case(50, 13, head_dim=1, head_dim_v=1, dtype=BF16, alpha=4 / 3, kind="wide", gain=1e4, shift=1e5)
+    request, dout = case.build(CPU)
+    checking = CupyBackend(launcher=emulator_of(0, is_checked=True), capability=HOPPER)
+    assert_attention(checking, request, dout)
+    assert not are_entry_tiles(checking, request).any()
 
 
 @emulated

@@ -333,3 +333,8 @@ def test_few_weights_of_many_channels(target, dtype):
     """The error of a row with four weights is the sum of four, whose size says nothing about the next row's."""
     case = Case(17, 7, batch=2, heads_kv=2, head_dim=256, head_dim_v=256, dtype=dtype, kind="drifting")
     check(target, replace(case, seqlens_q=(1, 12), seqlens_k=(4, 7), seed=827))
+
+
+def test_an_alpha_near_1_and_scores_far_from_zero(target):
+    """alpha - 1 of an alpha in float32 was off by as much as alpha is: tau of -2700 by 0.005."""
+    check(target, Case(102, 16, head_dim=16, alpha=1.027, kind="narrow", shift=1e5))

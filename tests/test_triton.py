@@ -249,7 +249,7 @@ def test_a_new_length_batch_or_number_of_heads_compiles_nothing(
         assert [parameter.num for parameter in integers] == backend._places(kernel).integers
         assert all(parameter.do_not_specialize for parameter in integers)
         others = {parameter.name for parameter in run_time} - {parameter.name for parameter in integers}
-        assert {name for name in others if name.islower()} <= {"alpha", "scale", "target"}
+        assert {name for name in others if name.islower()} <= {"alpha_minus_1", "scale", "target"}
 
 
 class Recorder:

@@ -80,8 +80,8 @@ def _struct(pointers: Sequence[str], longs: Sequence[str], floats: Sequence[str]
 
 
 # As the kernels declare them (common.cuh, rows.cu).
-PARAMS = _struct(_pointers, _strides, ("alpha", "scale", "target"), _integers)
-ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha",))
+PARAMS = _struct(_pointers, _strides, ("alpha_minus_1", "scale", "target"), _integers)
+ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha_minus_1",))
 _LAYOUTS = {
     name: (*(stride for stride in _strides if stride.startswith(f"stride_{name}")), f"aligned_{name}")
     for name in "qkvo"
@@ -213,7 +213,7 @@ class _Call:
             **_layout("q", self.q),
             **_layout("k", self.k),
             **_layout("v", self.v),
-            "alpha": request.alpha,
+            "alpha_minus_1": request.alpha - 1,
             "scale": abs(request.scale) or 1.0,
             "target": TARGET[self.q.dtype],
             "sign": (request.scale > 0) - (request.scale < 0),
@@ -528,7 +528,7 @@ class CupyBackend:
                 "stride_m": strided.stride(0),
                 "stride_n": strided.stride(1),
                 "n": n,
-                "alpha": alpha,
+                "alpha_minus_1": alpha - 1,
             },
         )
         kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))

@@ -121,7 +121,7 @@ class _Call:
             "SEQLENS_K": self.seqlens[1],
             **strides_q,
             **strides_k,
-            "alpha": request.alpha,
+            "alpha_minus_1": request.alpha - 1,
             "scale": abs(request.scale) or 1.0,
             "heads_q": self.heads_q,
             "heads_kv": self.heads_kv,
@@ -567,7 +567,7 @@ class TritonBackend:
 def _row_arguments(alpha: float, alpha_rows: Tensor | None, n: int) -> dict[str, Any]:
     return {
         "ALPHA_ROWS": None if alpha_rows is None else alpha_rows.detach().float().contiguous(),
-        "alpha": alpha,
+        "alpha_minus_1": alpha - 1,
         "ALPHA": _alpha_class(alpha, alpha_rows),
         "PER_ROW": alpha_rows is not None,
         "BLOCK": 1024 if n <= 1024 else 4096,

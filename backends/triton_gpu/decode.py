@@ -193,7 +193,7 @@ def entmax_attn_decode_output(
     stride_vb,
     stride_vh,
     stride_vn,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_q,
     group,
@@ -229,7 +229,7 @@ def entmax_attn_decode_output(
     i_b = (i_bh // heads_q).to(tl.int64)
     i_h = (i_bh % heads_q).to(tl.int64)
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh + i_m.to(tl.int64) * stride_qm) * VEC_Q

@@ -118,12 +118,12 @@ def _newton_step(b_f, b_g, r, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD: tl.constexpr):
+def _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD: tl.constexpr):
     """alpha - 1 of a head."""
     if PER_HEAD:
         return tl.load(ALPHA_HEADS + i_h) - 1
     else:
-        return alpha - 1
+        return alpha_minus_1
 
 
 @triton.jit
@@ -468,7 +468,7 @@ def entmax_attn_fwd_scan(
     stride_kb,
     stride_kh,
     stride_kn,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_q,
     group,
@@ -512,7 +512,7 @@ def entmax_attn_fwd_scan(
         if tl.load(FLAGS + i_kv) == 0:
             return
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
@@ -704,7 +704,7 @@ def entmax_attn_fwd_refine(
     stride_kb,
     stride_kh,
     stride_kn,
-    alpha,
+    alpha_minus_1,
     scale,
     target,
     heads_q,
@@ -747,7 +747,7 @@ def entmax_attn_fwd_refine(
             return
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
@@ -884,7 +884,7 @@ def entmax_attn_fwd_output(
     stride_vb,
     stride_vh,
     stride_vn,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_q,
     group,
@@ -932,7 +932,7 @@ def entmax_attn_fwd_output(
             return
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
@@ -1172,7 +1172,7 @@ def entmax_attn_bwd_dq(
     stride_ob,
     stride_oh,
     stride_om,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_q,
     group,
@@ -1222,7 +1222,7 @@ def entmax_attn_bwd_dq(
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     row = i_bh.to(tl.int64) * seqlen_q
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    exponent = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD)
+    exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD)
     c = exponent * scale
     r = 1 / exponent
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
@@ -1432,7 +1432,7 @@ def entmax_attn_bwd_dkv(
     stride_ob,
     stride_oh,
     stride_om,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_kv,
     group,
@@ -1481,7 +1481,7 @@ def entmax_attn_bwd_dkv(
     for i_g in range(group):
         i_hq = i_h * group + i_g
         i_bhq = i_b * heads_kv * group + i_hq
-        exponent = _exponent(ALPHA_HEADS, alpha, i_hq, PER_HEAD)
+        exponent = _exponent(ALPHA_HEADS, alpha_minus_1, i_hq, PER_HEAD)
         c = exponent * scale
         r = 1 / exponent
         q_head = Q + (i_b * stride_qb + i_hq * stride_qh) * VEC_Q
@@ -1532,7 +1532,7 @@ def entmax_attn_support(
     stride_kb,
     stride_kh,
     stride_kn,
-    alpha,
+    alpha_minus_1,
     scale,
     heads_q,
     group,
@@ -1564,7 +1564,7 @@ def entmax_attn_support(
     i_h = (i_bh % heads_q).to(tl.int64)
     i_tile = i_bh.to(tl.int64) * n_tiles + i_m
     len_q, len_k = _lengths(SEQLENS_Q, SEQLENS_K, i_b, seqlen_q, seqlen_k, HAS_SEQLENS_Q, HAS_SEQLENS_K)
-    c = _exponent(ALPHA_HEADS, alpha, i_h, PER_HEAD) * scale
+    c = _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD) * scale
     Q += (i_b * stride_qb + i_h * stride_qh) * VEC_Q
     K += (i_b * stride_kb + (i_h // group) * stride_kh) * VEC_K
     BLOCK_MAP += i_bh.to(tl.int64) * map_rows * map_columns
@@ -1600,7 +1600,7 @@ def entmax_rows_fwd(
     ALPHA_ROWS,
     stride_xm,
     stride_xn,
-    alpha,
+    alpha_minus_1,
     n,
     ALPHA: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -1609,7 +1609,7 @@ def entmax_rows_fwd(
 ):
     """p of one row, by Newton on the norm from max z - 1: as many passes over the row as it takes."""
     i_row = tl.program_id(0).to(tl.int64)
-    exponent = _exponent(ALPHA_ROWS, alpha, i_row, PER_ROW)
+    exponent = _exponent(ALPHA_ROWS, alpha_minus_1, i_row, PER_ROW)
     r = 1 / exponent
     X += i_row * stride_xm
     P += i_row * n
@@ -1660,7 +1660,7 @@ def entmax_rows_bwd(
     ALPHA_ROWS,
     stride_dm,
     stride_dn,
-    alpha,
+    alpha_minus_1,
     n,
     ALPHA: tl.constexpr,
     PER_ROW: tl.constexpr,
@@ -1668,7 +1668,7 @@ def entmax_rows_bwd(
 ):
     """dx of one row from p alone, and the gradient of its alpha; notation of ``_dq``, with y = (1 - alpha) log p."""
     i_row = tl.program_id(0).to(tl.int64)
-    exponent = _exponent(ALPHA_ROWS, alpha, i_row, PER_ROW)
+    exponent = _exponent(ALPHA_ROWS, alpha_minus_1, i_row, PER_ROW)
     P += i_row * n
     DP += i_row * stride_dm
     DX += i_row * n

@@ -54,7 +54,7 @@ struct Params {
   long long stride_kb, stride_kh, stride_kn;
   long long stride_vb, stride_vh, stride_vn;
   long long stride_ob, stride_oh, stride_om;
-  float alpha;
+  float alpha_minus_1;
   float scale;  // its magnitude, 1 for 0
   float target;
   int sign;  // of the scale
@@ -144,7 +144,7 @@ struct AlphaSums {
 };
 
 __device__ __forceinline__ float exponent_of(const Params& params, int i_h) {
-  return (params.alpha_heads ? params.alpha_heads[i_h] : params.alpha) - 1;
+  return params.alpha_heads ? params.alpha_heads[i_h] - 1 : params.alpha_minus_1;
 }
 
 // Whether the kernels of forward have to do with the heads that share these keys: decode.cu leaves flags behind.

@@ -22,7 +22,7 @@ struct EntryList {
   unsigned short* header;
   unsigned* words;
   unsigned short* shorts;
-  int capacity;
+  int capacity;  // of words; below 0 where there is no room for the header
 
   __device__ __forceinline__ unsigned short* starts() const { return header; }
   __device__ __forceinline__ int* keys() const { return reinterpret_cast<int*>(words); }
@@ -45,7 +45,7 @@ __device__ __forceinline__ EntryList entry_list(unsigned* tensor, const Params& 
   EntryList entries;
   entries.header = reinterpret_cast<unsigned short*>(base);
   entries.words = base + header;
-  entries.capacity = max(min(ENTRIES, 2 * (room - header) / 3), 0);
+  entries.capacity = room < header ? -1 : min(ENTRIES, 2 * (room - header) / 3);
   entries.shorts = reinterpret_cast<unsigned short*>(entries.words + entries.capacity);
   return entries;
 }

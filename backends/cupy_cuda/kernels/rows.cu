@@ -11,7 +11,7 @@ struct RowParams {
   const float* alpha_rows;
   long long stride_m, stride_n;  // of x, or of dp
   long long n;
-  float alpha;
+  float alpha_minus_1;
 };
 
 constexpr int ROW_WARPS = 8;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
   const long long i_row = blockIdx.x;
   const T* x = static_cast<const T*>(params.x) + i_row * params.stride_m;
   T* p_row = static_cast<T*>(params.p) + i_row * params.n;
-  const float exponent = (params.alpha_rows ? params.alpha_rows[i_row] : params.alpha) - 1;
+  const float exponent = params.alpha_rows ? params.alpha_rows[i_row] - 1 : params.alpha_minus_1;
   const float r = 1 / exponent;
 
   float top = -infinity();
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_bwd(const RowParams p
   const T* p_row = static_cast<const T*>(params.p) + i_row * params.n;
   const T* dp_row = static_cast<const T*>(params.dp) + i_row * params.stride_m;
   T* dx = static_cast<T*>(params.dx) + i_row * params.n;
-  const float exponent = (params.alpha_rows ? params.alpha_rows[i_row] : params.alpha) - 1;
+  const float exponent = params.alpha_rows ? params.alpha_rows[i_row] - 1 : params.alpha_minus_1;
 
   float w_sum = 0, w_dp = 0;
   AlphaSums sums;
