@@ -862,6 +862,20 @@ BY_ENTRIES = [
     ("all", Case(1500, 400, head_dim=64, head_dim_v=64, dtype=HALF, gain=2)),
     ("all", Case(17, 16500, head_dim=40, head_dim_v=64, dtype=HALF, gain=1.5)),
     ("all", Case(20, 66_000, head_dim=24, head_dim_v=64, dtype=HALF, gain=1.5)),
+    # The gradient of alpha is 0 where keys are equal, whatever the 16 bits of u are off by.
+    (
+        "some",
+        Case(
+            *(509, 6, 100, 100, 3, 2),
+            dtype=BF16,
+            alpha=(1.5, 1.25),
+            is_causal=True,
+            seqlens_k=(0, 0, 6),
+            kind="equal",
+            gain=1e-3,
+            seed=75296,
+        ),
+    ),
     ("some", Case(2000, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="topics", gain=2)),
     ("none", Case(150, 1500, head_dim=64, head_dim_v=64, dtype=HALF, kind="narrow", is_causal=True)),
 ]

@@ -118,9 +118,10 @@ __device__ __forceinline__ float surprise(float y) {
   return y < 0.25f ? y * y * series : exp2_approx(y * (1 / LN_2)) - 1 - y;
 }
 
-// What the keys of a row add up to for the gradient of its alpha.
+// What the keys of a row add up to for the gradient of its alpha. The sum of p, which is 1 but for rounding, is in b: then
+// what rounding does to all of a row alike takes nothing from 0 where the keys are equal.
 struct AlphaSums {
-  float phi = 0, y = 0, b_dp = 0, a_dp = 0;
+  float phi = 0, b = 0, b_dp = 0, a_dp = 0;
 
   // A key with u > 0.
   __device__ __forceinline__ void add_u(float u, float p, float dp) {
@@ -128,18 +129,18 @@ struct AlphaSums {
   }
 
   // y = -log u.
-  __device__ __forceinline__ void add(float y_of_key, float p, float dp) {
-    const float a = p * surprise(y_of_key);
+  __device__ __forceinline__ void add(float y, float p, float dp) {
+    const float a = p * surprise(y), of_key = p * (1 + y);
     phi += a;
-    y += p * y_of_key;
-    b_dp += p * (1 + y_of_key) * dp;
+    b += of_key;
+    b_dp += of_key * dp;
     a_dp += a * dp;
   }
 
   // Each by `sum` over the threads that share the row; w_sum is that of w, or 1.
   template <class Sum>
   __device__ __forceinline__ float gradient(float exponent, float w_sum, Sum&& sum) const {
-    return (sum(phi) * sum(b_dp) - (1 + sum(y)) * sum(a_dp)) / (w_sum * exponent * exponent);
+    return (sum(phi) * sum(b_dp) - sum(b) * sum(a_dp)) / (w_sum * exponent * exponent);
   }
 };
 
