@@ -257,7 +257,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     assert megabytes < 250
 
 
-ATTENTION = "assert_attention(BACKEND, *Case(70, 130, head_dim=40, is_causal=True).build(torch.device('cpu')))"
+ATTENTION = """
+for case in (Case(70, 130, head_dim=40, is_causal=True), Case(70, 130, head_dim=40, kind="narrow")):
+    request, dout = case.build(torch.device("cpu"))
+    assert_attention(BACKEND, request, dout)
+"""
 ENTMAX = """
 request, _ = EntmaxCase(70, 130).build(torch.device("cpu"))
 assert_close(BACKEND.entmax(request), entmax_truth(request), "p")
