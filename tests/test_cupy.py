@@ -942,7 +942,7 @@ def test_more_entries_than_there_is_room_for(emulator: EmulatedLauncher, where: 
 
 @emulated
 @pytest.mark.slow
-def test_no_room_for_the_header_of_no_entries(emulator: EmulatedLauncher) -> None:
+def test_no_room_for_the_header_of_no_entries() -> None:
     """At scores so far from zero no u is above 0; the starts of the rows went past the end of their tensor."""
     case = Case(50, 13, head_dim=1, head_dim_v=1, dtype=BF16, alpha=4 / 3, kind="wide", gain=1e4, shift=1e5)
     request, dout = case.build(CPU)

@@ -18,6 +18,10 @@ constexpr int ROW_WARPS = 8;
 constexpr int ROW_THREADS = 32 * ROW_WARPS;
 constexpr int MAX_ROW_STEPS = 64;
 
+__device__ __forceinline__ float exponent_of(const RowParams& params, long long i_row) {
+  return params.alpha_rows ? params.alpha_rows[i_row] - 1 : params.alpha_minus_1;
+}
+
 // p by Newton on the norm from max z - 1: as many passes over the row as it takes.
 template <class T, int ALPHA>
 __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams params) {
@@ -26,7 +30,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
   const long long i_row = blockIdx.x;
   const T* x = static_cast<const T*>(params.x) + i_row * params.stride_m;
   T* p_row = static_cast<T*>(params.p) + i_row * params.n;
-  const float exponent = params.alpha_rows ? params.alpha_rows[i_row] - 1 : params.alpha_minus_1;
+  const float exponent = exponent_of(params, i_row);
   const float r = 1 / exponent;
 
   float top = -infinity();
@@ -88,7 +92,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_bwd(const RowParams p
   const T* p_row = static_cast<const T*>(params.p) + i_row * params.n;
   const T* dp_row = static_cast<const T*>(params.dp) + i_row * params.stride_m;
   T* dx = static_cast<T*>(params.dx) + i_row * params.n;
-  const float exponent = params.alpha_rows ? params.alpha_rows[i_row] - 1 : params.alpha_minus_1;
+  const float exponent = exponent_of(params, i_row);
 
   float w_sum = 0, w_dp = 0;
   AlphaSums sums;
