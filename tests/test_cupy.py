@@ -397,6 +397,8 @@ def test_alignment_decides_how_rows_are_read() -> None:
         (torch.zeros(1, 1, 1, 8, dtype=HALF), 1),
         (torch.zeros(1, 1, 2, 12, dtype=HALF), 0),
         (torch.zeros(1, 1, 2, 12), 1),
+        (torch.empty_strided((1, 1, 2, 8), (0, 0, 2**31 - 8, 1), dtype=HALF, device="meta"), 1),
+        (torch.empty_strided((1, 1, 2, 8), (0, 0, 2**31, 1), dtype=HALF, device="meta"), 0),
     ):
         assert backend._layout("q", tensor)["aligned_q"] == expected
 
@@ -513,7 +515,7 @@ def test_instantiations_compile_without_spills(name: str, dtype: torch.dtype, he
     assert {kernel.partition("<")[0] for kernel in launches} == expected
     for launch, report in reported(launches, name):
         # dq in one pass has two sums. What would make them fit, two passes or fewer programs, was slower on an H200.
-        allowed = 160 if re.match(r"entmax_attn_bwd_dq<\w+, \w+, \w+, false, true,", launch.kernel) else 0
+        allowed = 64 if re.match(r"entmax_attn_bwd_dq<\w+, \w+, \w+, false, true,", launch.kernel) else 0
         assert max(report.spills, report.stack) <= allowed, f"sm_{name}, {launch.kernel}: {report}"
         assert launch.shared_bytes <= SHARED_MEMORY[numbers(name)]
 
@@ -848,10 +850,10 @@ ENTRY_TILE = 4  # of `live`, where it speaks of a tile's first block
 # How many tiles are entry tiles; they have up to 2,935 entries, a block of one head up to 1,661.
 BY_ENTRIES = [
     ("all", Case(150, 2000, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True)),
-    ("some", Case(200, 500, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True)),
+    ("some", Case(200, 500, heads_kv=2, group=2, head_dim=64, head_dim_v=64, dtype=HALF, is_causal=True, gain=1.2)),
     ("all", Case(150, 900, batch=2, group=2, head_dim=40, head_dim_v=25, dtype=HALF, is_causal=True, gain=2)),
     ("all", Case(290, 700, head_dim=33, head_dim_v=64, dtype=BF16, alpha=2.0, layout="sliced", gain=0.5)),
-    ("all", Case(300, 1000, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=3)),
+    ("all", Case(300, 1000, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, gain=4)),
     ("some", Case(70, 1200, head_dim=64, head_dim_v=64, dtype=HALF, group=3, alpha=(1.3, 1.5, 1.9))),
     ("some", Case(150, 1500, head_dim=128, head_dim_v=96, dtype=BF16, is_causal=True)),
     ("all", Case(290, 1000, head_dim=80, head_dim_v=37, dtype=BF16, gain=1.5)),

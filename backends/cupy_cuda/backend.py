@@ -135,11 +135,14 @@ def _record(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
 
 
 def _layout(name: str, t: Tensor) -> dict[str, int]:
-    """Strides of batch, heads and rows (those of a dimension of size 1 are never used), and alignment to 16 bytes."""
+    """Strides of batch, heads and rows (those of a dimension of size 1 are never used), and alignment to 16 bytes.
+
+    Where rows are aligned, the kernels take their stride for one of 32 bits.
+    """
     *sizes, width = t.shape
     steps = [stride if size > 1 else 0 for size, stride in zip(sizes, t.stride(), strict=False)]
     places = functools.reduce(operator.or_, steps, width) * t.element_size() | t.data_ptr()
-    return dict(zip(_LAYOUTS[name], (*steps, places % 16 == 0), strict=True))
+    return dict(zip(_LAYOUTS[name], (*steps, places % 16 == 0 and steps[-1] < 2**31), strict=True))
 
 
 @functools.cache

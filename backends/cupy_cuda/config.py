@@ -280,7 +280,7 @@ _HALF_OF_ONE = {
         64,
         scan=Launch(8, 128, 3, 2, True),
         refine=Launch(8, 64, 4, 2, True),
-        output=Launch(4, 64, 3, 3, True),
+        output=Launch(4, 64, 4, 3, True),
         dq=Launch(4, 64, 2, 3, True),
         dkv=Launch(4, 64, 2, 3, True),
     ),

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& u = s[row / 2][n][row % 2 * 2 + e];
-          u = saturate(u * c - tau[row]);
+          u = u_of(u, c, tau[row]);
         }
   };
   // What a pass of its own is for.
@@ -97,8 +97,22 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           }
         }
   };
-  // ds from dp, in its place, with ONE_PASS up to the rest, and w from u.
-  auto differentiate = [&](float(&ds)[M][N][4], float(&s)[M][N][4]) {
+  // w from u, in its place.
+  auto weigh = [&](float(&s)[M][N][4]) {
+#pragma unroll
+    for (int row = 0; row < R; row++)
+#pragma unroll
+      for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+          float& w = s[row / 2][n][row % 2 * 2 + e];
+          float p;
+          powers<ALPHA>(w, r, p, w);
+          if constexpr (ONE_PASS) w_sum[row] += w;
+        }
+  };
+  // ds from dp, in its place, with ONE_PASS up to the rest.
+  auto differentiate = [&](float(&ds)[M][N][4], const float(&s)[M][N][4]) {
 #pragma unroll
     for (int row = 0; row < R; row++)
 #pragma unroll
@@ -106,78 +120,77 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           float& dp = ds[row / 2][n][row % 2 * 2 + e];
-          float& u = s[row / 2][n][row % 2 * 2 + e];
-          float p, w;
-          powers<ALPHA>(u, r, p, w);
-          dp = w * (dp - delta[row]);
-          if constexpr (ONE_PASS) {
-            w_sum[row] += w;
-            w_dp[row] += dp;
-            u = w;
-          }
+          dp = s[row / 2][n][row % 2 * 2 + e] * (dp - delta[row]);
+          if constexpr (ONE_PASS) w_dp[row] += dp;
         }
   };
   float dq[M][ND][4], wk[M][ND][4];
   clear(dq);
   clear(wk);
+  using Loader = TileLoader<T, D, BLOCK_N, THREADS>;
+  const Loader keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
+  const Loader values_loader(v_tiles, v, 0, tile.lengths.k, params.stride_vn, params.head_dim_v, params.aligned_v);
+  auto load = [&](int i, int stage) {
+    keys_loader.load(stage, list[i] * BLOCK_N);
+    values_loader.load(stage, list[i] * BLOCK_N);
+  };
+  Ahead ahead;
 #pragma unroll
   for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
+    auto take_block = [&](int i, int stage) {
+      const int j = list[i];
+#pragma unroll 1
+      for (int first = 0; first < BLOCK_N; first += KEYS) {
+        const int row = stage * BLOCK_N + first;
+        float s[M][N][4], ds[M][N][4];
+        if constexpr (WGMMA) {
+          const Operand<T, D> keys = Operand<T, D>(k_tiles).from(row);
+          Packed<T, N> packed, packed_w;
+          begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
+          begin_scores(ds, Operand<T, D>(dout_tile).from(warpgroup_row<WARPS>()), Operand<T, D>(v_tiles).from(row));
+          ahead.ask(load);
+          finish<1>(s);
+          shift(s, j, first);
+          if constexpr (ONE_PASS) {
+            weigh(s);
+            pack(packed_w, s);
+            begin_accumulate(wk, packed_w, keys);
+          }
+          finish<(ONE_PASS ? 1 : 0)>(ds);
+          if (pass == 0) {
+            sum(ds, s);
+            continue;
+          }
+          if constexpr (!ONE_PASS) weigh(s);
+          differentiate(ds, s);
+          pack(packed, ds);
+          begin_accumulate(dq, packed, keys);
+          finish<0>(dq);
+          if constexpr (ONE_PASS) finish<0>(wk);
+        } else {
+          const T* keys = k_tiles + row * D;
+          clear(s);
+          clear(ds);
+          scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+          scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, v_tiles + row * D);
+          shift(s, j, first);
+          if (pass == 0) {
+            sum(ds, s);
+            continue;
+          }
+          weigh(s);
+          differentiate(ds, s);
+          if constexpr (ONE_PASS) {
+            accumulate_both<T>(dq, wk, ds, s, keys, staging);
+          } else {
+            accumulate<T>(dq, ds, keys, staging);
+          }
+        }
+      }
+    };
     for_listed<WARPS>(
         (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
-        [&](int count) {
-          pipeline<STAGES, WGMMA>(
-              count,
-              [&](int i, int stage) {
-                load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
-                                                  tile.lengths.k, params.stride_kn, params.head_dim,
-                                                  params.aligned_k);
-                load_tile<T, D, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * D, v, list[i] * BLOCK_N, 0,
-                                                  tile.lengths.k, params.stride_vn, params.head_dim_v,
-                                                  params.aligned_v);
-              },
-              [&](int i, int stage) {
-                const int j = list[i];
-#pragma unroll 1
-                for (int first = 0; first < BLOCK_N; first += KEYS) {
-                  const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
-                  const T* values = v_tiles + (stage * BLOCK_N + first) * D;
-                  float s[M][N][4], ds[M][N][4];
-                  if constexpr (WGMMA) {
-                    begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
-                    begin_scores<T, D, N>(ds, dout_tile, warpgroup_row(), values);
-                    finish<1>(s);
-                    shift(s, j, first);
-                    finish<0>(ds);
-                  } else {
-                    clear(s);
-                    clear(ds);
-                    scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-                    scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, values);
-                    shift(s, j, first);
-                  }
-                  if (pass == 0) {
-                    sum(ds, s);
-                    continue;
-                  }
-                  differentiate(ds, s);
-                  if constexpr (WGMMA) {
-                    Packed<T, N> packed, packed_w;
-                    pack(packed, ds);
-                    begin_accumulate(dq, packed, keys);
-                    if constexpr (ONE_PASS) {
-                      pack(packed_w, s);
-                      begin_accumulate(wk, packed_w, keys);
-                      finish<0>(wk);
-                    }
-                    finish<0>(dq);
-                  } else if constexpr (ONE_PASS) {
-                    accumulate_both<T>(dq, wk, ds, s, keys, staging);
-                  } else {
-                    accumulate<T>(dq, ds, keys, staging);
-                  }
-                }
-              });
-        });
+        [&](int count) { pipeline<STAGES, WGMMA>(count, load, take_block, &ahead); });
     if (!ONE_PASS && pass == 1) break;
     quad_sums(w_sum, w_dp);
 #pragma unroll
@@ -318,65 +331,73 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           }
         }
     };
+    using Loader = TileLoader<T, D, COLUMNS, THREADS>;
+    auto new_q_loader = [&]() {
+      const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
+      return Loader(q_parts, q, rows.low, rows.high, params.stride_qm, params.head_dim, params.aligned_q);
+    };
+    auto new_dout_loader = [&]() {
+      const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
+      return Loader(dout_parts, dout, rows.low, rows.high, params.stride_om, params.head_dim_v, params.aligned_o);
+    };
+    // Kept where the registers have room.
+    const Loader q_loader = new_q_loader(), dout_loader = new_dout_loader();
+    auto load = [&](int i, int stage) {
+      const int first = first_of(i);
+      (WGMMA ? q_loader : new_q_loader()).load(stage, first);
+      (WGMMA ? dout_loader : new_dout_loader()).load(stage, first);
+      const long long start = static_cast<long long>(head) * params.seqlen_q + first;
+      if (const int row = threadIdx.x; row < COLUMNS) {
+        const bool is_valid = first + row >= rows.low && first + row < rows.high;
+        const long long at = is_valid ? start + row : 0;
+        cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
+        cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
+      }
+    };
+    Ahead ahead;
+    auto take_part = [&](int i, int stage) {
+      float p[M][N][4], w[M][N][4], ds[M][N][4];
+      if constexpr (WGMMA) {
+        const Operand<T, D> q_part = Operand<T, D>(q_parts).from(stage * COLUMNS);
+        const Operand<T, D> dout_part = Operand<T, D>(dout_parts).from(stage * COLUMNS);
+        Packed<T, N> packed_p, packed_ds;
+        begin_scores(p, Operand<T, D>(k_tile), q_part);
+        ahead.ask(load);
+        begin_scores(ds, Operand<T, D>(v_tile), dout_part);
+        finish<1>(p);
+        shift(p, i, stage);
+        weigh(p, w);
+        pack(packed_p, p);
+        begin_accumulate(dv, packed_p, dout_part);
+        finish<1>(ds);
+        differentiate(ds, w, stage);
+        pack(packed_ds, ds);
+        begin_accumulate(dk, packed_ds, q_part);
+        finish<0>(dv);
+        finish<0>(dk);
+      } else {
+        const T* q_part = q_parts + stage * PART;
+        const T* dout_part = dout_parts + stage * PART;
+        clear(p);
+        scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_part);
+        if constexpr (DK) {
+          clear(ds);
+          scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_part);
+        }
+        shift(p, i, stage);
+        weigh(p, w);
+        if constexpr (DK) differentiate(ds, w, stage);
+        if constexpr (DV) accumulate<T>(dv, p, dout_part, staging);
+        if constexpr (DK) accumulate<T>(dk, ds, q_part, staging);
+      }
+    };
     for_listed<WARPS>(
         params.n_tiles, list, scratch,
         [&](int i_m) {
           const long long tile = static_cast<long long>(head) * params.n_tiles + i_m;
           return (params.live[tile * params.n_blocks + block.j] & LIVE) != 0;
         },
-        [&](int count) {
-          pipeline<STAGES, WGMMA>(
-              count * PARTS,
-              [&](int i, int stage) {
-                const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
-                const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
-                const int first = first_of(i);
-                load_tile<T, D, COLUMNS, THREADS>(q_parts + stage * PART, q, first, rows.low, rows.high,
-                                                  params.stride_qm, params.head_dim, params.aligned_q);
-                load_tile<T, D, COLUMNS, THREADS>(dout_parts + stage * PART, dout, first, rows.low, rows.high,
-                                                  params.stride_om, params.head_dim_v, params.aligned_o);
-                const long long start = static_cast<long long>(head) * params.seqlen_q + first;
-                if (const int row = threadIdx.x; row < COLUMNS) {
-                  const bool is_valid = first + row >= rows.low && first + row < rows.high;
-                  const long long at = is_valid ? start + row : 0;
-                  cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
-                  cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
-                }
-              },
-              [&](int i, int stage) {
-                const T* q_part = q_parts + stage * PART;
-                const T* dout_part = dout_parts + stage * PART;
-                float p[M][N][4], w[M][N][4], ds[M][N][4];
-                if constexpr (WGMMA) {
-                  Packed<T, N> packed_p, packed_ds;
-                  begin_scores<T, D, N>(p, k_tile, 0, q_part);
-                  begin_scores<T, D, N>(ds, v_tile, 0, dout_part);
-                  finish<1>(p);
-                  shift(p, i, stage);
-                  weigh(p, w);
-                  pack(packed_p, p);
-                  begin_accumulate(dv, packed_p, dout_part);
-                  finish<1>(ds);
-                  differentiate(ds, w, stage);
-                  pack(packed_ds, ds);
-                  begin_accumulate(dk, packed_ds, q_part);
-                  finish<0>(dv);
-                  finish<0>(dk);
-                } else {
-                  clear(p);
-                  scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_part);
-                  if constexpr (DK) {
-                    clear(ds);
-                    scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_part);
-                  }
-                  shift(p, i, stage);
-                  weigh(p, w);
-                  if constexpr (DK) differentiate(ds, w, stage);
-                  if constexpr (DV) accumulate<T>(dv, p, dout_part, staging);
-                  if constexpr (DK) accumulate<T>(dk, ds, q_part, staging);
-                }
-              });
-        });
+        [&](int count) { pipeline<STAGES, WGMMA>(count * PARTS, load, take_part, &ahead); });
   }
   const Turn turn = kept_turn(scratch);
   if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn);

@@ -75,9 +75,9 @@ struct alignas(16) Vec4 {
 
 // ---- alpha
 
-// Inside [0, 1]; NaN is 0. So u comes from z - tau, which a bound of tau from below, too, leaves at most 1: a product that
-// is clamped to [0, 1] costs nothing more, a maximum an instruction at half rate.
-__device__ __forceinline__ float saturate(float x) { return fminf(fmaxf(x, 0.0f), 1.0f); }
+// Of a score; 0 if it or tau is NaN. A bound of tau from below, too, leaves it at most 1, and a product that is clamped to
+// [0, 1] costs nothing more, a maximum an instruction at half rate.
+__device__ __forceinline__ float u_of(float s, float c, float tau) { return saturated(s, c, -tau); }
 
 // What a row with this tau adds to its results: NaN where it has none, else 0.
 __device__ __forceinline__ float nan_of(float tau) { return tau != tau ? not_a_number() : 0.0f; }
@@ -88,7 +88,7 @@ __device__ __forceinline__ void powers(float u, float r, float& p, float& w) {
     w = u;
     p = u * u;
   } else if constexpr (ALPHA == ALPHA_2) {
-    w = saturate(u * LARGE);
+    w = saturated(u, LARGE, 0.0f);
     p = u;
   } else {
     // At u = 0 the logarithm is -inf, and w is 0, as long as it is multiplied by more than 0, which alpha = 2 needs.
@@ -287,15 +287,6 @@ constexpr int COPIES = 2;
 constexpr int COPIES = 8;
 #endif
 
-// Whether tiles that lie whole inside the memory are loaded by code of their own: fewer instructions, more registers.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <int D>
-constexpr bool WHOLE_TILES = D <= 128;
-#else
-template <int D>
-constexpr bool WHOLE_TILES = false;
-#endif
-
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.
 template <class T, int D, int ROWS, int THREADS>
 __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
@@ -307,16 +298,11 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     return STEP % 8 == 0 ? place_of<T, D>(row, chunk) + i * D : place_of<T, D>(row + i, chunk);
   };
   const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
-  const bool is_whole = WHOLE_TILES<D> && ROWS % STEP == 0 && is_aligned && first >= low && first + ROWS <= high &&
-                        width >= D;
   auto load = [&](int chunk) {
     const int column = chunk * PER_CHUNK<T>;
     const T* from = base + first * stride + (row * stride + column);
     auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
-    if (is_whole) {
-#pragma unroll COPIES
-      for (int i = 0; i < ROWS; i += STEP) cp_async_16(tile + place(row, i, chunk), from + i * stride, true);
-    } else if (is_aligned) {
+    if (is_aligned) {
 #pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
@@ -341,6 +327,55 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
     for (int chunk = static_cast<int>(threadIdx.x); chunk < CHUNKS<T, D>; chunk += THREADS) load(chunk);
   }
 }
+
+// The same, to one of several tiles, in fewer instructions where the rows lie whole inside the memory. This thread's place
+// in the tiles is worked out once, and with KEEPS its place in the memory, too, for two registers more.
+template <class T, int D, int ROWS, int THREADS, bool KEEPS = false>
+class TileLoader {
+  static constexpr int STEP = THREADS / CHUNKS<T, D>;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static constexpr bool HAS_WHOLE = D <= 128 && STEP % 8 == 0 && ROWS % STEP == 0;
+#else
+  static constexpr bool HAS_WHOLE = false;
+#endif
+
+  T* tiles;
+  const T* base;
+  int low, high;
+  long long stride;
+  int width;
+  bool is_aligned;
+  const T* from;  // this thread's first chunk, of the rows from 0 on
+  T* to;          // and of the first tile
+
+ public:
+  // The arguments are those of load_tile. The stride of rows that are aligned is below 2 ** 31 (backend.py).
+  __device__ __forceinline__ TileLoader(T* tiles, const T* base, int low, int high, long long stride, int width,
+                                        bool is_aligned)
+      : tiles(tiles), base(base), low(low), high(high), stride(stride), width(width), is_aligned(is_aligned) {
+    if constexpr (HAS_WHOLE) {
+      const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>, chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
+      from = base + (row * stride + chunk * PER_CHUNK<T>);
+      to = tiles + place_of<T, D>(row, chunk);
+      if constexpr (KEEPS) keep(from);
+      keep(to);
+    }
+  }
+
+  __device__ __forceinline__ void load(int i_tile, int first) const {
+    if constexpr (HAS_WHOLE) {
+      if (is_aligned && width >= D && first >= low && first + ROWS <= high) {
+        const int step = static_cast<int>(stride);
+        const T* rows = from + static_cast<long long>(first) * step;
+#pragma unroll
+        for (int i = 0; i < ROWS; i += STEP)
+          cp_async_16(to + (i_tile * ROWS + i) * D, rows + static_cast<long long>(i) * step, true);
+        return;
+      }
+    }
+    load_tile<T, D, ROWS, THREADS>(tiles + i_tile * ROWS * D, base, first, low, high, stride, width, is_aligned);
+  }
+};
 
 // The tile times the sign of the scale.
 template <class T, int D, int ROWS, int THREADS>
@@ -526,12 +561,24 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 
 // ---- the loop over blocks
 
+// A load for a later compute. Its instructions are for the time in which the first products of this one are under way.
+struct Ahead {
+  bool is_due = false;
+  int i = 0, stage = 0;
+
+  template <class Load>
+  __device__ __forceinline__ void ask(Load&& load) const {
+    if (is_due) load(i, stage);
+    cp_async_commit();
+  }
+};
+
 // load(i, stage) asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are
 // other stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all
 // threads. On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what
-// was loaded; a compute finishes its own.
+// was loaded; a compute finishes its own, and asks `ahead` for the load that is due.
 template <int STAGES, bool WGMMA = false, int LAG = 0, class Load, class Compute>
-__device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& compute) {
+__device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& compute, Ahead* ahead = nullptr) {
   constexpr int AHEAD = STAGES - 1 - LAG;
   static_assert(AHEAD > 0 || STAGES == 1);
 #pragma unroll
@@ -552,8 +599,12 @@ __device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& co
     if constexpr (WGMMA) wgmma_proxy_fence();
     __syncthreads();
     if constexpr (STAGES > 1) {
-      if (i + AHEAD < n) load(i + AHEAD, stage <= LAG ? stage + AHEAD : stage - LAG - 1);
-      cp_async_commit();
+      const Ahead due{i + AHEAD < n, i + AHEAD, stage <= LAG ? stage + AHEAD : stage - LAG - 1};
+      if constexpr (WGMMA) {
+        *ahead = due;
+      } else {
+        due.ask(load);
+      }
     }
     compute(i, stage);
     next = stage == STAGES - 1 ? 0 : stage + 1;

@@ -126,7 +126,7 @@ __device__ __forceinline__ float2 sums_of(const float (&s)[N], int n, float top,
   for (int i = 0; i < N; i++) {
     if (i / 4 * 4 * threads >= n) break;
     float p, w;
-    powers<ALPHA>(saturate((s[i] - top) * c - tau), r, p, w);
+    powers<ALPHA>(u_of(s[i] - top, c, tau), r, p, w);
     sums.x += p;
     sums.y += w;
   }
@@ -336,7 +336,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_outpu
 #pragma unroll 4
     for (int i = threadIdx.x / LANES; i < count; i += THREADS / LANES) {
       float p, w;
-      powers<ALPHA>(saturate((found[i] - top) * c - tau), r, p, w);
+      powers<ALPHA>(u_of(found[i] - top, c, tau), r, p, w);
       const T* from = v + keys[i] * params.stride_vn;
 #pragma unroll
       for (int part = 0; part < PARTS; part++)

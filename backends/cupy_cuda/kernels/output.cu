@@ -2,38 +2,23 @@
 #include "entries.cuh"
 #include "products.cuh"
 
-// p, in place of the scores, and w of rows with these tau.
-template <int ALPHA, int M, int N>
-__device__ __forceinline__ void weigh(float (&p)[M][N][4], float (&w)[M][N][4], const float (&tau)[2 * M], float c,
-                                      float r) {
+// p, in place of this thread's scores, and w of rows with these tau, which are added to f and g; whether there is support
+// among them.
+template <int ALPHA, int N>
+__device__ __forceinline__ bool weigh(float (&p)[1][N][4], float (&w)[1][N][4], float (&f)[2], float (&g)[2],
+                                      const float (&tau)[2], float c, float r) {
+  float added[2] = {};
 #pragma unroll
-  for (int row = 0; row < 2 * M; row++)
+  for (int n = 0; n < N; n++)
 #pragma unroll
-    for (int n = 0; n < N; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++) {
-        const float u = saturate(p[row / 2][n][row % 2 * 2 + e] * c - tau[row]);
-        powers<ALPHA>(u, r, p[row / 2][n][row % 2 * 2 + e], w[row / 2][n][row % 2 * 2 + e]);
-      }
-}
-
-// Adds this thread's p to f and its w to g, of each row; whether it has support among them.
-template <int M, int N>
-__device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M], const float (&p)[M][N][4],
-                                            const float (&w)[M][N][4]) {
-  bool has_support = false;
-#pragma unroll
-  for (int row = 0; row < 2 * M; row++) {
-    float added = 0;
-#pragma unroll
-    for (int n = 0; n < N; n++) {
-      f[row] += p[row / 2][n][row % 2 * 2] + p[row / 2][n][row % 2 * 2 + 1];
-      added += w[row / 2][n][row % 2 * 2] + w[row / 2][n][row % 2 * 2 + 1];
+    for (int e = 0; e < 4; e++) {
+      powers<ALPHA>(u_of(p[0][n][e], c, tau[e / 2]), r, p[0][n][e], w[0][n][e]);
+      f[e / 2] += p[0][n][e];
+      added[e / 2] += w[0][n][e];
     }
-    g[row] += added;
-    has_support |= added > 0;
-  }
-  return has_support;
+  g[0] += added[0];
+  g[1] += added[1];
+  return added[0] > 0 || added[1] > 0;
 }
 
 // The same with p and w as left operands, 16 keys after the other so that few numbers are in registers at once.
@@ -49,7 +34,7 @@ __device__ __forceinline__ bool pack_weights(Packed<T, N>& packed_p, Packed<T, N
     for (int n = 0; n < 2; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        powers<ALPHA>(saturate(s[0][2 * step + n][e] * c - tau[e / 2]), r, p[0][n][e], w[0][n][e]);
+        powers<ALPHA>(u_of(s[0][2 * step + n][e], c, tau[e / 2]), r, p[0][n][e], w[0][n][e]);
         f[e / 2] += p[0][n][e];
         added[e / 2] += w[0][n][e];
       }
@@ -100,7 +85,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   __syncthreads();
   apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
-  // A row whose tau is NaN has no u above 0: saturate makes it 0.
+  // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
 #pragma unroll
@@ -111,27 +96,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   }
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
-  auto load_keys = [&](int i, int place) {
-    load_tile<T, D, BLOCK_N, THREADS>(k_tiles + place * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
-                                      params.stride_kn, params.head_dim, params.aligned_k);
-  };
-  auto load_values = [&](int i, int stage, int from) {
-    load_tile<T, DV, BLOCK_N, THREADS>(v_tiles + stage * BLOCK_N * DV, v + from, list[i] * BLOCK_N, 0, tile.lengths.k,
-                                       params.stride_vn, params.head_dim_v - from, params.aligned_v);
-  };
+  const TileLoader<T, D, BLOCK_N, THREADS, !CORRECTED> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
+                                                                   params.head_dim, params.aligned_k);
   auto mask = [&](float(&s)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
   };
   auto mark_live = [&](int j, bool has_support) {
     if (any_sync(has_support || has_bad) && params.live && lane_of() == 0)
       params.live[tile.index * params.n_blocks + j] = LIVE;
-  };
-  // The scores of a part of a stage, as p, and w.
-  auto weights = [&](float(&p)[M][N][4], float(&w)[M][N][4], int j, int first, int stage) {
-    clear(p);
-    scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
-    mask(p, j, first);
-    weigh<ALPHA>(p, w, tau, c, r);
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
@@ -140,52 +112,65 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     clear(wv);
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
+    const TileLoader<T, DV, BLOCK_N, THREADS, !CORRECTED> values_loader(v_tiles, v + from, 0, tile.lengths.k,
+                                                                        params.stride_vn, width, params.aligned_v);
     auto load = [&](int i, int stage) {
-      load_keys(i, stage);
-      load_values(i, stage, from);
+      const int first = list[i] * BLOCK_N;
+      keys_loader.load(stage, first);
+      values_loader.load(stage, first);
     };
     // out += p v, and wv += w v where it is needed.
     auto begin_sums = [&](const Packed<T, N>& p, const Packed<T, N>& w, int stage) {
-      begin_accumulate(out, p, v_tiles + stage * BLOCK_N * DV);
-      if constexpr (CORRECTED) begin_accumulate(wv, w, v_tiles + stage * BLOCK_N * DV);
+      const Operand<T, DV> values = Operand<T, DV>(v_tiles).from(stage * BLOCK_N);
+      begin_accumulate(out, p, values);
+      if constexpr (CORRECTED) begin_accumulate(wv, w, values);
     };
     auto finish_sums = [&]() {
       finish<0>(out);
       if constexpr (CORRECTED) finish<0>(wv);
     };
-    if constexpr (WGMMA && PROGRAMS * WARPS > 8) {
-      pipeline<STAGES, true>(count, load, [&](int i, int stage) {
+    const Operand<T, D> queries = Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys(k_tiles);
+    Ahead ahead;
+    if constexpr (WGMMA && CORRECTED && PROGRAMS * WARPS > 8) {
+      // The registers have no room for sums that are under way beside the scores.
+      auto take_block = [&](int i, int stage) {
         float s[M][N][4];
         Packed<T, N> p, w;
-        begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
+        ahead.ask(load);
+        begin_scores(s, queries, keys.from(stage * BLOCK_N));
         finish<0>(s);
         mask(s, list[i], 0);
         mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
         begin_sums(p, w, stage);
         finish_sums();
-      });
+      };
+      pipeline<STAGES, true>(count, load, take_block, &ahead);
     } else if constexpr (WGMMA) {
-      // A block's values are multiplied while the next block is weighed, if the registers have room for both.
-      Packed<T, N> last_p, last_w;
+      // A block's values are multiplied after the scores of the next one have begun, the first block's by nothing before,
+      // as no branch may part sums that are under way from others; without CORRECTED, while that block is weighed.
+      Packed<T, N> p = {}, w = {};
       int before = 0;
-      pipeline<STAGES, true, 1>(count, load, [&](int i, int stage) {
+      auto take_block = [&](int i, int stage) {
         float s[M][N][4];
-        Packed<T, N> p, w;
-        begin_scores<T, D, N>(s, q_tile, warpgroup_row(), k_tiles + stage * BLOCK_N * D);
-        if (i > 0) {
-          begin_sums(last_p, last_w, before);
-          finish<(DV > 64 ? 0 : CORRECTED ? 2 : 1)>(s);
-        } else {
-          finish<0>(s);
-        }
+        begin_scores(s, queries, keys.from(stage * BLOCK_N));
+        begin_sums(p, w, before);
+        ahead.ask(load);
+        finish<(CORRECTED ? 0 : 1)>(s);
         before = stage;
         mask(s, list[i], 0);
-        mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
-        finish_sums();
-        last_p = p, last_w = w;
-      });
+        if constexpr (CORRECTED) {
+          finish_sums();
+          mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
+        } else {
+          float unused[M][N][4];
+          mark_live(list[i], weigh<ALPHA>(s, unused, f, g, tau, c, r));
+          finish_sums();
+          pack(p, s);
+        }
+      };
+      pipeline<STAGES, true, 1>(count, load, take_block, &ahead);
       if (count > 0) {
-        begin_sums(last_p, last_w, before);
+        begin_sums(p, w, before);
         finish_sums();
       }
     } else {
@@ -195,8 +180,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
 #pragma unroll 1
         for (int first = 0; first < BLOCK_N; first += KEYS) {
           float p[M][N][4], w[M][N][4];
-          weights(p, w, j, first, stage);
-          has_support |= add_weights(f, g, p, w);
+          clear(p);
+          scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
+          mask(p, j, first);
+          has_support |= weigh<ALPHA>(p, w, f, g, tau, c, r);
           const T* values = v_tiles + (stage * BLOCK_N + first) * DV;
           if constexpr (CORRECTED) {
             accumulate_both<T>(out, wv, p, w, values, staging);

@@ -121,45 +121,62 @@ __device__ __forceinline__ float (&tiles_of(float (&acc)[1][N][4], int n))[TILES
 template <int N>
 constexpr int AT_ONCE = N % 16 == 0 ? 16 : 8;
 
-// Of rows of D numbers, where 64 columns lie behind the same rows' 64 before.
+// Rows of D numbers in shared memory, where 64 columns lie behind the same rows' 64 before. Worked out once for all tiles:
+// from an address it takes many instructions, which the products would wait for.
 template <class T, int D>
-__device__ __forceinline__ unsigned long long operand_of(const T* tile) {
-  return wgmma_operand(tile, TILE_BYTES<T, D, 8>, TILE_BYTES<T, 64, 8>);
-}
+struct Operand {
+  unsigned long long bits;
 
-// Chunks `chunk` and chunk + 1 of rows from `first` on, eight by eight.
-template <class T, int D>
-__device__ __forceinline__ unsigned long long rows_operand(const T* tile, int first, int chunk) {
-  return wgmma_advance(operand_of<T, D>(tile), place_of<T, D>(first, chunk) * static_cast<int>(sizeof(T)));
-}
+  __device__ __forceinline__ explicit Operand(const T* tile)
+      : bits(wgmma_operand(tile, TILE_BYTES<T, D, 8>, TILE_BYTES<T, 64, 8>)) {}
+
+  // Eight rows after the other from `row` on, chunk after chunk from `chunk` on.
+  __device__ __forceinline__ unsigned long long at(int row, int chunk) const {
+    return wgmma_advance(bits, place_of<T, D>(row, chunk) * static_cast<int>(sizeof(T)));
+  }
+
+  // The rows from a multiple of eight on.
+  __device__ __forceinline__ Operand from(int row) const {
+    Operand rows = *this;
+    rows.bits = at(row, 0);
+    return rows;
+  }
+};
 
 // acc = a b^T, a in registers.
 template <class T, int D, int N>
-__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Fragments<T, D, 1>& a, const T* b) {
+__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Fragments<T, D, 1>& a,
+                                             const Operand<T, D>& b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += AT_ONCE<N>)
+  for (int n = 0; n < N; n += AT_ONCE<N>) {
+    auto& sums = tiles_of<AT_ONCE<N>>(acc, n);
+    wgmma_rows<T, false>(sums, a.r[0][0], b.at(8 * n, 0));
 #pragma unroll
-    for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(tiles_of<AT_ONCE<N>>(acc, n), a.r[0][step], rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+    for (int step = 1; step < D / 16; step++) wgmma_rows<T, true>(sums, a.r[0][step], b.at(8 * n, 2 * step));
+  }
   wgmma_commit();
 }
 
-// The same with rows from first_row on of a tile in shared memory.
+// The same, both in shared memory.
 template <class T, int D, int N>
-__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const T* a, int first_row, const T* b) {
+__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Operand<T, D>& a, const Operand<T, D>& b) {
   wgmma_fence();
 #pragma unroll
-  for (int n = 0; n < N; n += AT_ONCE<N>)
+  for (int n = 0; n < N; n += AT_ONCE<N>) {
+    auto& sums = tiles_of<AT_ONCE<N>>(acc, n);
+    wgmma_rows<T, false>(sums, a.at(0, 0), b.at(8 * n, 0));
 #pragma unroll
-    for (int step = 0; step < D / 16; step++)
-      wgmma_rows<T>(tiles_of<AT_ONCE<N>>(acc, n), rows_operand<T, D>(a, first_row, 2 * step),
-                    rows_operand<T, D>(b, 8 * n, 2 * step), step > 0);
+    for (int step = 1; step < D / 16; step++) wgmma_rows<T, true>(sums, a.at(0, 2 * step), b.at(8 * n, 2 * step));
+  }
   wgmma_commit();
 }
 
-// First of the rows that the warpgroup multiplies.
-__device__ __forceinline__ int warpgroup_row() { return warp_of() / 4 * 64; }
+// First of the rows that the warpgroup multiplies, of a program of so many warps.
+template <int WARPS>
+__device__ __forceinline__ int warpgroup_row() {
+  return WARPS > 4 ? warp_of() / 4 * 64 : 0;
+}
 
 // acc is finished, and so is all but the LEFT youngest of what has begun.
 template <int LEFT, int N>
@@ -289,19 +306,14 @@ __device__ __forceinline__ void pack(Packed<T, N>& packed, const float (&p)[1][N
   for (int step = 0; step < N / 2; step++) pack_fragments<T>(packed.r[step], p, step);
 }
 
-// Rows 16 step to 16 step + 15 from chunk n on, read by columns.
-template <class T, int D>
-__device__ __forceinline__ unsigned long long columns_operand(const T* tile, int step, int n) {
-  return wgmma_advance(operand_of<T, D>(tile), place_of<T, D>(16 * step, n) * static_cast<int>(sizeof(T)));
-}
-
 template <class T, int N, int NV>
-__device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const Packed<T, N>& p, const T* b) {
+__device__ __forceinline__ void begin_accumulate(float (&acc)[1][NV][4], const Packed<T, N>& p,
+                                                 const Operand<T, 8 * NV>& b) {
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < N / 2; step++)
 #pragma unroll
     for (int n = 0; n < NV; n += AT_ONCE<NV>)
-      wgmma_columns<T>(tiles_of<AT_ONCE<NV>>(acc, n), p.r[step][0], columns_operand<T, 8 * NV>(b, step, n), true);
+      wgmma_columns<T, true>(tiles_of<AT_ONCE<NV>>(acc, n), p.r[step][0], b.at(16 * step, n));
   wgmma_commit();
 }

@@ -121,10 +121,12 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-#define FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define ADDS "r"(static_cast<int>(adds))
-#define SUMS FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7)
-#define SUMS_128 SUMS, FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15)
+#define FOUR(kind, n) kind(d[n][0]), kind(d[n][1]), kind(d[n][2]), kind(d[n][3])
+#define SUMS(kind) \
+  FOUR(kind, 0), FOUR(kind, 1), FOUR(kind, 2), FOUR(kind, 3), FOUR(kind, 4), FOUR(kind, 5), FOUR(kind, 6), FOUR(kind, 7)
+#define SUMS_128(kind) \
+  SUMS(kind), FOUR(kind, 8), FOUR(kind, 9), FOUR(kind, 10), FOUR(kind, 11), FOUR(kind, 12), FOUR(kind, 13), \
+      FOUR(kind, 14), FOUR(kind, 15)
 #define NAMES \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -143,9 +145,9 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // The sums are read after this alone.
-__device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : SUMS); }
+__device__ __forceinline__ void wgmma_pin(float (&d)[8][4]) { asm volatile("" : SUMS("+f")); }
 
-__device__ __forceinline__ void wgmma_pin(float (&d)[16][4]) { asm volatile("" : SUMS_128); }
+__device__ __forceinline__ void wgmma_pin(float (&d)[16][4]) { asm volatile("" : SUMS_128("+f")); }
 
 // How wgmma finds an operand: `stride` bytes from each eight rows to the next ones, `leading` from 64 columns to the
 // next.
@@ -160,46 +162,52 @@ __device__ __forceinline__ unsigned long long wgmma_advance(unsigned long long o
   return (operand & ~0xffffffffULL) | (static_cast<unsigned>(operand) + static_cast<unsigned>(bytes >> 4));
 }
 
-#define MULTIPLY(columns, sums, names, adds, operands, transposes, ...)                                               \
-  if constexpr (IS_BF16<T>) {                                                                                         \
-    asm volatile(WGMMA(columns, "bf16", names, adds, operands, transposes) : sums : ADDS, __VA_ARGS__ : "memory");    \
-  } else {                                                                                                            \
-    asm volatile(WGMMA(columns, "f16", names, adds, operands, transposes) : sums : ADDS, __VA_ARGS__ : "memory");     \
+#define MULTIPLY_AS(type, columns, sums, names, adds, operands, transposes, ...)                             \
+  if constexpr (ADDS) {                                                                                      \
+    asm volatile(WGMMA(columns, type, names, adds, operands, transposes) : sums("+f") : "n"(1), __VA_ARGS__  \
+                 : "memory");                                                                                \
+  } else {                                                                                                   \
+    asm volatile(WGMMA(columns, type, names, adds, operands, transposes) : sums("=f") : "n"(0), __VA_ARGS__  \
+                 : "memory");                                                                                \
+  }
+#define MULTIPLY(...)                \
+  if constexpr (IS_BF16<T>) {        \
+    MULTIPLY_AS("bf16", __VA_ARGS__) \
+  } else {                           \
+    MULTIPLY_AS("f16", __VA_ARGS__)  \
   }
 #define ROWS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
-// d = a b^T of 16 columns, added to d if `adds`; 64 rows of b, or 128. a in shared memory, or in registers as mma.sync
+// d = a b^T of 16 columns, added to d if ADDS; 64 rows of b, or 128. a in shared memory, or in registers as mma.sync
 // takes it.
-template <class T>
-__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b, bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], unsigned long long a, unsigned long long b) {
   MULTIPLY("64", SUMS, NAMES, "%32", "%33, %34", "0, 0", "l"(a), "l"(b))
 }
 
-template <class T>
-__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], unsigned long long a, unsigned long long b, bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], unsigned long long a, unsigned long long b) {
   MULTIPLY("128", SUMS_128, NAMES_128, "%64", "%65, %66", "0, 0", "l"(a), "l"(b))
 }
 
-template <class T>
-__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_rows(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
   MULTIPLY("64", SUMS, NAMES, "%32", "{%33, %34, %35, %36}, %37", "0", ROWS, "l"(b))
 }
 
-template <class T>
-__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b, bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_rows(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
   MULTIPLY("128", SUMS_128, NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "0", ROWS, "l"(b))
 }
 
 // The same with b instead of b^T: 16 rows of 64 or 128 columns, read by columns.
-template <class T>
-__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b,
-                                              bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_columns(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
   MULTIPLY("64", SUMS, NAMES, "%32", "{%33, %34, %35, %36}, %37", "1", ROWS, "l"(b))
 }
 
-template <class T>
-__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b,
-                                              bool adds) {
+template <class T, bool ADDS>
+__device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned (&a)[4], unsigned long long b) {
   MULTIPLY("128", SUMS_128, NAMES_128, "%64", "{%65, %66, %67, %68}, %69", "1", ROWS, "l"(b))
 }
 
@@ -210,8 +218,14 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned 
 #undef NAMES_128
 #undef WGMMA
 #undef MULTIPLY
-#undef ADDS
+#undef MULTIPLY_AS
 #undef ROWS
+
+// Keeps in registers what would otherwise be worked out anew where it is used.
+template <class V>
+__device__ __forceinline__ void keep(V*& pointer) {
+  asm volatile("" : "+l"(pointer));
+}
 
 // The larger one; NaN if one is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
@@ -222,6 +236,13 @@ __device__ __forceinline__ float max_or_nan(float a, float b) {
 #else
   return a <= b ? b : a == a ? a : not_a_number();
 #endif
+}
+
+// a b + c inside [0, 1]; NaN is 0. In one instruction, which the compiler does not make of a minimum and a maximum.
+__device__ __forceinline__ float saturated(float a, float b, float c) {
+  float inside;
+  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(inside) : "f"(a), "f"(b), "f"(c));
+  return inside;
 }
 
 // To 1e-7 between 1/2 and 2, elsewhere to 22 bits: one instruction instead of the twenty of log2f.

@@ -5,9 +5,10 @@
 
 constexpr int MAX_STEPS = 16;
 
-// More than so many in a block cost more one by one than the block does; measured on an H100.
-template <int D>
-constexpr int ENTRIES_PER_BLOCK = D <= 64 ? 192 : 96;
+// More than so many in a block cost more one by one than the block does; measured on an H200, where wgmma makes blocks
+// cheaper.
+template <int D, bool WGMMA>
+constexpr int ENTRIES_PER_BLOCK = D > 64 ? 96 : WGMMA ? 128 : 192;
 
 // The scores above the bound of tau that a row has met, in order of the keys. The two rows of a quad share ROOM places:
 // those of its first row are filled from the first place on, those of its second row from the last place back.
@@ -27,8 +28,8 @@ struct RowEntries {
   __device__ __forceinline__ int count(int row) const { return row == 0 ? low - first : first + ROOM - high; }
   __device__ __forceinline__ int count() const { return count(0) + count(1); }
   __device__ __forceinline__ int place(int row, int i) const { return row == 0 ? first + i : first + ROOM - 1 - i; }
-  __device__ __forceinline__ float u_of(int row, int i, float c, float tau) const {
-    return i < count(row) ? scores[place(row, i)] * c - tau : 0.0f;
+  __device__ __forceinline__ float u_at(int row, int i, float c, float tau) const {
+    return i < count(row) ? u_of(scores[place(row, i)], c, tau) : 0.0f;
   }
 
   // Then it takes no more.
@@ -81,7 +82,7 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& 
 #pragma unroll
       for (int row = 0; row < 2; row++) {
         float p, w;
-        powers<ALPHA>(saturate(entries.u_of(row, i, c, tau[row])), r, p, w);
+        powers<ALPHA>(entries.u_at(row, i, c, tau[row]), r, p, w);
         f[row] += p;
         g[row] += w;
       }
@@ -100,7 +101,7 @@ __device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& 
 #pragma unroll
   for (int row = 0; row < 2; row++) {
     int sum = 0;
-    for (int i = lane_of() % 4; i < entries.count(row); i += 4) sum += entries.u_of(row, i, c, tau[row]) > 0;
+    for (int i = lane_of() % 4; i < entries.count(row); i += 4) sum += entries.u_at(row, i, c, tau[row]) > 0;
     sum += shfl_xor(sum, 1);
     sum += shfl_xor(sum, 2);
     places.start[row] = places.n - sum;
@@ -141,7 +142,7 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
     int to = places.start[row];
     for (int first = 0; any_sync(first < entries.count(row)); first += 4) {
       const int i = first + lane_of() % 4;
-      const float u = entries.u_of(row, i, c, tau[row]);
+      const float u = entries.u_at(row, i, c, tau[row]);
       const unsigned of_quad = bits_of_quad(u > 0);
       if (u > 0) {
         const int at = to + popcount(of_quad & lanes_before_in_quad());
@@ -213,7 +214,7 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         float p, w;
-        powers<ALPHA>(saturate(s[row / 2][n][row % 2 * 2 + e] * c - tau[row]), r, p, w);
+        powers<ALPHA>(u_of(s[row / 2][n][row % 2 * 2 + e], c, tau[row]), r, p, w);
         f[row] += p;
         added += w;
       }
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   load_queries();
   if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
 
-  // A row whose tau is NaN has no u above 0: saturate makes it 0.
+  // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
   auto load_tau = [&]() {
@@ -281,19 +282,19 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   for (int i = 0; i < R; i++) has_bad |= tau[i] != tau[i];
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
-  auto load_keys = [&](int i, int stage) {
-    load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0, tile.lengths.k,
-                                      params.stride_kn, params.head_dim, params.aligned_k);
-  };
+  const TileLoader<T, D, BLOCK_N, THREADS, (D > 64)> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
+                                                                 params.head_dim, params.aligned_k);
+  auto load_keys = [&](int i, int stage) { keys_loader.load(stage, list[i] * BLOCK_N); };
+  Ahead ahead;
   // With the i-th of the listed blocks, from its key `first` on.
   auto form_scores = [&](float(&s)[M][N][4], int i, int stage, int first) {
-    const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
     if constexpr (WGMMA) {
-      begin_scores<T, D, N>(s, fragments, keys);
+      begin_scores(s, fragments, Operand<T, D>(k_tiles).from(stage * BLOCK_N));
+      ahead.ask(load_keys);
       finish<0>(s);
     } else {
       clear(s);
-      scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+      scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
     }
     if (list[i] >= n_whole)
       mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
@@ -319,7 +320,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     for (int i = 0; i < R; i++) bound[i] = tau[i] / c * (tau[i] > 0 ? 1 - 1e-6f : 1 + 1e-6f);
     if (threadIdx.x < 4) has_many[threadIdx.x] = 0;
     __syncthreads();
-    pipeline<STAGES, WGMMA>(n_steps, load_keys, [&](int i, int stage) {
+    auto list_entries = [&](int i, int stage) {
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
         float s[M][N][4];
@@ -336,7 +337,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       if (i % 8 == 7) is_much |= warp_sum(static_cast<float>(entries.count())) * count > 32 * ROOM * (i + 1);
       if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
-    });
+    };
+    pipeline<STAGES, WGMMA>(n_steps, load_keys, list_entries, &ahead);
     // Again, so that no register kept it.
     load_tau();
     const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
@@ -345,7 +347,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const EntryPlaces places = solve_by_entries<ALPHA, WARPS>(entries, end, c, r, reinterpret_cast<int*>(scratch));
       const EntryList saved = entry_list<BLOCK_M>(params.entries, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
-      if (places.total <= min(ENTRIES_PER_BLOCK<D> * count, saved.capacity)) {
+      if (places.total <= min(ENTRIES_PER_BLOCK<D, WGMMA> * count, saved.capacity)) {
         attend_by_entries<T, D, ALPHA, BLOCK_M, BLOCK_N, WARPS>(params, tile, entries, places, saved, list, end,
                                                                 q_tile, c, r);
         return;
@@ -356,7 +358,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
 #pragma unroll
       for (int row = 0; row < 2; row++)
         for (int i = lane_of() % 4; i < entries.count(row); i += 4)
-          if (entries.u_of(row, i, c, end[row]) > 0) has_support[entries.block_of(row, i)] = 1;
+          if (entries.u_at(row, i, c, end[row]) > 0) has_support[entries.block_of(row, i)] = 1;
       __syncthreads();
       count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return has_support[i] != 0; });
       store_results(end);
@@ -376,7 +378,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
     fill<THREADS>(words, words_per_tile, 0u);
     __syncthreads();
-    pipeline<STAGES, WGMMA>(count, load_keys, [&](int i, int stage) {
+    auto take_block = [&](int i, int stage) {
       bool has_support = false;
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
@@ -385,7 +387,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         has_support |= add_weights<ALPHA>(f, g, s, tau, c, r);
       }
       mark(words, i, has_support);
-    });
+    };
+    pipeline<STAGES, WGMMA>(count, load_keys, take_block, &ahead);
     quad_sums(f, g);
     if (step == 0 && !has_bad) {
       count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return bit_of(words, i); });

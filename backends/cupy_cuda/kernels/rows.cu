@@ -24,7 +24,7 @@ __device__ __forceinline__ float exponent_of(const RowParams& params, long long 
 
 // p by Newton on the norm from max z - 1: as many passes over the row as it takes.
 template <class T, int ALPHA>
-__global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams params) {
+__global__ void __launch_bounds__(ROW_THREADS, 4) entmax_rows_fwd(const RowParams params) {
   extern __shared__ __align__(128) unsigned char smem[];
   float* scratch = reinterpret_cast<float*>(smem);
   const long long i_row = blockIdx.x;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
     float f = 0, g = 0;
     for (long long i = threadIdx.x; i < params.n; i += ROW_THREADS) {
       float p, w;
-      powers<ALPHA>(saturate((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau), r, p, w);
+      powers<ALPHA>(u_of(to_float<T>(x[i * params.stride_n]) - top, exponent, tau), r, p, w);
       f += p;
       g += w;
     }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(ROW_THREADS) entmax_rows_fwd(const RowParams p
   }
   for (long long i = threadIdx.x; i < params.n; i += ROW_THREADS) {
     float p, w;
-    powers<ALPHA>(saturate((to_float<T>(x[i * params.stride_n]) - top) * exponent - tau), r, p, w);
+    powers<ALPHA>(u_of(to_float<T>(x[i * params.stride_n]) - top, exponent, tau), r, p, w);
     p_row[i] = from_float<T>(has_bad ? not_a_number() : p);
   }
 }

@@ -102,7 +102,7 @@ __device__ __forceinline__ float raise_by_maxima(float tau, const float (&kept)[
 #pragma unroll
   for (int i = 0; i < KEPT; i++) {
     float p, w;
-    powers<ALPHA>(saturate(kept[i] * c - tau), r, p, w);
+    powers<ALPHA>(u_of(kept[i], c, tau), r, p, w);
     f += p;
     g += w;
   }
@@ -130,7 +130,7 @@ __device__ __forceinline__ float bound_by_histogram(int* bins, const float (&kep
     for (int i = 0; i < BINS / 4; i++) {
       const int bin = lane_of() % 4 * (BINS / 4) + i;
       float p, w;
-      powers<ALPHA>(saturate(static_cast<float>(bin) / BINS - shift), r, p, w);
+      powers<ALPHA>(u_of(static_cast<float>(bin), 1.0f / BINS, shift), r, p, w);
       f += bins[bin] * p;
       g += bins[bin] * w;
     }
@@ -266,36 +266,37 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       is_positive = !any_sync(has_negative);
     }
   };
-  pipeline<STAGES, WGMMA>(
-      n_seen,
-      [&](int i, int stage) {
-        load_tile<T, D, KEYS, THREADS>(k_tiles + stage * KEYS * D, k, step_of(i) * KEYS, 0, tile.lengths.k,
-                                       params.stride_kn, params.head_dim, params.aligned_k);
-      },
-      [&](int i, int stage) {
-        const T* keys = k_tiles + stage * KEYS * D;
-        float s[M][N][4];
-        if constexpr (WGMMA) {
-          if constexpr (IN_REGISTERS) {
-            begin_scores<T, D, N>(s, fragments, keys);
-          } else {
-            begin_scores<T, D, N>(s, q_tile, warpgroup_row(), keys);
-          }
-          // The product goes on meanwhile.
-          use_maxima(i - 1);
-          finish<0>(s);
-          take_maxima(s, i);
-        } else {
-          clear(s);
-          if constexpr (IN_REGISTERS) {
-            scores<T, D, M, N>(s, fragments, keys);
-          } else {
-            scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-          }
-          take_maxima(s, i);
-          use_maxima(i);
-        }
-      });
+  const TileLoader<T, D, KEYS, THREADS, true> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
+                                                          params.head_dim, params.aligned_k);
+  auto load_keys = [&](int i, int stage) { keys_loader.load(stage, step_of(i) * KEYS); };
+  Ahead ahead;
+  auto take_keys = [&](int i, int stage) {
+    float s[M][N][4];
+    if constexpr (WGMMA) {
+      const Operand<T, D> keys = Operand<T, D>(k_tiles).from(stage * KEYS);
+      if constexpr (IN_REGISTERS) {
+        begin_scores(s, fragments, keys);
+      } else {
+        begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
+      }
+      // The product goes on meanwhile.
+      ahead.ask(load_keys);
+      use_maxima(i - 1);
+      finish<0>(s);
+      take_maxima(s, i);
+    } else {
+      const T* keys = k_tiles + stage * KEYS * D;
+      clear(s);
+      if constexpr (IN_REGISTERS) {
+        scores<T, D, M, N>(s, fragments, keys);
+      } else {
+        scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+      }
+      take_maxima(s, i);
+      use_maxima(i);
+    }
+  };
+  pipeline<STAGES, WGMMA>(n_seen, load_keys, take_keys, &ahead);
   if constexpr (WGMMA) use_maxima(n_seen - 1);
 
   int* bins = reinterpret_cast<int*>(smem);

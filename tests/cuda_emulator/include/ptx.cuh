@@ -152,23 +152,24 @@ inline unsigned long long wgmma_operand(const void* tile, int stride, int leadin
 inline unsigned long long wgmma_advance(unsigned long long operand, int bytes) {
     return (operand & ~0xffffffffULL) | (unsigned(operand) + unsigned(bytes >> 4));
 }
-template <class T, int N>
-inline void wgmma_rows(float (&d)[N][4], unsigned long long a, unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {}, a, b, true, false, IS_BF16<T>, adds}, site);
+template <class T, bool ADDS, int N>
+inline void wgmma_rows(float (&d)[N][4], unsigned long long a, unsigned long long b, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {}, a, b, true, false, IS_BF16<T>, ADDS}, site);
 }
-template <class T, int N>
-inline void wgmma_rows(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, IS_BF16<T>, adds},
-                         site);
+template <class T, bool ADDS, int N>
+inline void wgmma_rows(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, false, IS_BF16<T>, ADDS}, site);
 }
-template <class T, int N>
-inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, bool adds, EMULATOR_SITE) {
-    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, IS_BF16<T>, adds},
-                         site);
+template <class T, bool ADDS, int N>
+inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, EMULATOR_SITE) {
+    emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, IS_BF16<T>, ADDS}, site);
 }
 
 inline float log2_approx(float x) { return std::log2(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float saturated(float a, float b, float c) { return std::min(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
+template <class V>
+inline void keep(V*&) {}
 inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }
 
 template <class V>

@@ -64,6 +64,17 @@ __global__ void product(const T* a, const T* b, float* d) {
 
 enum Operands { ROWS, REGISTERS, COLUMNS };
 
+template <class T, Operands OPERANDS, bool ADDS>
+__device__ void multiply_step(float (&sums)[8][4], const unsigned (&left)[4], const T* left_rows, const T* rows) {
+  if constexpr (OPERANDS == ROWS) {
+    wgmma_rows<T, ADDS>(sums, wgmma_operand(left_rows, 1024, 1024), wgmma_operand(rows, 1024, 1024));
+  } else if constexpr (OPERANDS == REGISTERS) {
+    wgmma_rows<T, ADDS>(sums, left, wgmma_operand(rows, 1024, 1024));
+  } else {
+    wgmma_columns<T, ADDS>(sums, left, wgmma_operand(rows, 1024, 1024));
+  }
+}
+
 // d (64, 64) = a (64, 64) b^T, or a b for COLUMNS, twice, with a in shared memory for ROWS; by a warpgroup.
 template <class T, Operands OPERANDS, bool FENCES, bool WAITS>
 __global__ void warpgroup_product(const T* a, const T* b, float* d) {
@@ -89,13 +100,10 @@ __global__ void warpgroup_product(const T* a, const T* b, float* d) {
         const T* pair = a + (first + i % 2 * 8) * 64 + 16 * step + lane % 4 * 2 + i / 2 * 8;
         left[i] = pair[0].bits | static_cast<unsigned>(pair[1].bits) << 16;
       }
-      const bool adds = turn > 0 || step > 0;
-      if constexpr (OPERANDS == ROWS) {
-        wgmma_rows<T>(sums, wgmma_operand(tiles + step * 16, 1024, 1024), wgmma_operand(rows, 1024, 1024), adds);
-      } else if constexpr (OPERANDS == REGISTERS) {
-        wgmma_rows<T>(sums, left, wgmma_operand(rows, 1024, 1024), adds);
+      if (turn > 0 || step > 0) {
+        multiply_step<T, OPERANDS, true>(sums, left, tiles + step * 16, rows);
       } else {
-        wgmma_columns<T>(sums, left, wgmma_operand(rows, 1024, 1024), adds);
+        multiply_step<T, OPERANDS, false>(sums, left, tiles + step * 16, rows);
       }
     }
     wgmma_commit();
@@ -129,9 +137,9 @@ __global__ void wide_product(const T* a, const T* b, float* d) {
   float sums[16][4] = {};
   wgmma_fence();
   if constexpr (BY_COLUMNS) {
-    wgmma_columns<T>(sums, left, wgmma_operand(tile, 2048, 1024), true);
+    wgmma_columns<T, true>(sums, left, wgmma_operand(tile, 2048, 1024));
   } else {
-    wgmma_rows<T>(sums, left, wgmma_operand(tile, 1024, 1024), true);
+    wgmma_rows<T, true>(sums, left, wgmma_operand(tile, 1024, 1024));
   }
   wgmma_commit();
   wgmma_wait<0>();
@@ -145,7 +153,7 @@ __global__ void products_of_warpgroups_differ(float* d) {
   const unsigned left[4] = {};
   for (int i = threadIdx.x; i < 2048; i += 128) reinterpret_cast<float*>(smem)[i] = 0;
   __syncthreads();
-  wgmma_rows<half>(sums, left, wgmma_operand(smem + threadIdx.x / 64 * 32, 1024, 1024), false);
+  wgmma_rows<half, false>(sums, left, wgmma_operand(smem + threadIdx.x / 64 * 32, 1024, 1024));
   wgmma_commit();
   wgmma_wait<0>();
   d[threadIdx.x] = sums[0][0];
