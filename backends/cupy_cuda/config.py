@@ -1,7 +1,7 @@
 """Tile sizes, warps and pipeline stages of the kernels: a pure function of dtype, head sizes and compute capability.
 
-For compute capability 9.0 up to 128 channels by measurements on an H100 and an H200; else chosen from what the compiler reports (no
-spills) and from what fits into shared memory. Nothing is tuned while a user waits.
+For compute capability 9.0 up to 128 channels by measurements on an H100 and an H200; else chosen from what the compiler
+reports (no spills) and from what fits into shared memory. Nothing is tuned while a user waits.
 """
 
 from __future__ import annotations
