@@ -278,7 +278,7 @@ def test_configurations_fit_the_devices() -> None:
 def test_records_have_the_layout_of_the_kernels() -> None:
     """The fields in order, and their widths."""
     widths = {"long long": "i8", "float": "f4", "int": "i4"}
-    for file, struct, record in (
+    for file, struct, structure in (
         ("common.cuh", "Params", backend.PARAMS),
         ("rows.cu", "RowParams", backend.ROW_PARAMS),
     ):
@@ -291,8 +291,16 @@ def test_records_have_the_layout_of_the_kernels() -> None:
             assert found is not None, declaration
             kind = "u8" if found[2] else widths[found[1]]
             fields += [(name.strip(), np.dtype(kind)) for name in found[3].split(",")]
+        record = structure.dtype
         assert record.fields is not None
         assert fields == [(name, record.fields[name][0]) for name in record.names or ()]
+        assert (*structure.pointers, *structure.numbers) == record.names
+        assert structure.packer.size == record.itemsize
+        numbers = dict(zip(structure.numbers, range(1, 1 + len(structure.numbers)), strict=True))
+        packed = backend._record(structure, numbers | {structure.pointers[0]: torch.zeros(4)[1:]})
+        assert [packed[name] for name in structure.numbers] == list(numbers.values())
+        assert packed[structure.pointers[0]] % 4 == 0
+        assert packed[structure.pointers[0]] > 0 == packed[structure.pointers[1]]
 
 
 def test_launches_of_a_call() -> None:

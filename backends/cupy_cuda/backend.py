@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
+import struct
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Protocol, cast
@@ -74,14 +75,30 @@ _integers = (
 )
 
 
-def _struct(pointers: Sequence[str], longs: Sequence[str], floats: Sequence[str], integers: Sequence[str] = ()) -> Any:
+class _Structure(NamedTuple):
+    """The argument of kernels: its pointers, then its numbers."""
+
+    dtype: np.dtype[Any]
+    pointers: tuple[str, ...]
+    numbers: tuple[str, ...]
+    packer: struct.Struct
+
+
+def _structure(
+    pointers: tuple[str, ...], longs: tuple[str, ...], floats: tuple[str, ...], integers: tuple[str, ...] = ()
+) -> _Structure:
     kinds = {"u8": pointers, "i8": longs, "f4": floats, "i4": integers}
-    return np.dtype([(name, kind) for kind, names in kinds.items() for name in names], align=True)
+    dtype = np.dtype([(name, kind) for kind, names in kinds.items() for name in names], align=True)
+    # To a multiple of eight bytes, as dtype and the compiler have it.
+    packer = struct.Struct(f"@{len(pointers)}Q{len(longs)}q{len(floats)}f{len(integers)}i0Q")
+    return _Structure(dtype, pointers, longs + floats + integers, packer)
 
 
 # As the kernels declare them (common.cuh, rows.cu).
-PARAMS = _struct(_pointers, _strides, ("alpha_minus_1", "scale", "target"), _integers)
-ROW_PARAMS = _struct(("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha_minus_1",))
+PARAMS = _structure(_pointers, _strides, ("alpha_minus_1", "scale", "target"), _integers)
+ROW_PARAMS = _structure(
+    ("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha_minus_1",)
+)
 _LAYOUTS = {
     name: (*(stride for stride in _strides if stride.startswith(f"stride_{name}")), f"aligned_{name}")
     for name in "qkvo"
@@ -128,10 +145,23 @@ class Launcher(Protocol):
         """
 
 
-def _record(kind: np.dtype[Any], values: dict[str, Any]) -> Record:
-    """What is not among the values, or None, is 0."""
-    given = map(values.get, cast(tuple[str, ...], kind.names))
-    return np.array(tuple([v.data_ptr() if isinstance(v, Tensor) else v or 0 for v in given]), kind)
+def _record(structure: _Structure, values: dict[str, Any]) -> Record:
+    """What is not among the values is 0, and so is the pointer of None. NumPy would take four times as long."""
+    packed = structure.packer.pack(
+        *[0 if (tensor := values.get(name)) is None else tensor.data_ptr() for name in structure.pointers],
+        *[values.get(name, 0) for name in structure.numbers],
+    )
+    return np.ndarray((), structure.dtype, bytearray(packed))
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout_of(
+    name: str, shape: tuple[int, ...], strides: tuple[int, ...], element_size: int, misaligned: int
+) -> dict[str, int]:
+    *sizes, width = shape
+    steps = [stride if size > 1 else 0 for size, stride in zip(sizes, strides, strict=False)]
+    places = functools.reduce(operator.or_, steps, width) * element_size | misaligned
+    return dict(zip(_LAYOUTS[name], (*steps, places % 16 == 0 and steps[-1] < 2**31), strict=True))
 
 
 def _layout(name: str, t: Tensor) -> dict[str, int]:
@@ -139,10 +169,7 @@ def _layout(name: str, t: Tensor) -> dict[str, int]:
 
     Where rows are aligned, the kernels take their stride for one of 32 bits.
     """
-    *sizes, width = t.shape
-    steps = [stride if size > 1 else 0 for size, stride in zip(sizes, t.stride(), strict=False)]
-    places = functools.reduce(operator.or_, steps, width) * t.element_size() | t.data_ptr()
-    return dict(zip(_LAYOUTS[name], (*steps, places % 16 == 0 and steps[-1] < 2**31), strict=True))
+    return _layout_of(name, t.shape, t.stride(), t.element_size(), t.data_ptr() % 16)
 
 
 @functools.cache
