@@ -24,7 +24,7 @@ __device__ __forceinline__ float exponent_of(const RowParams& params, long long 
 
 // p by Newton on the norm from max z - 1: as many passes over the row as it takes.
 template <class T, int ALPHA>
-__global__ void __launch_bounds__(ROW_THREADS, 4) entmax_rows_fwd(const RowParams params) {
+__global__ void __launch_bounds__(ROW_THREADS, 6) entmax_rows_fwd(const RowParams params) {
   extern __shared__ __align__(128) unsigned char smem[];
   float* scratch = reinterpret_cast<float*>(smem);
   const long long i_row = blockIdx.x;
