@@ -68,61 +68,36 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   // u from the scores of KEYS keys, in their place.
   auto shift = [&](float(&s)[M][N][4], int j, int first) {
     if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
-#pragma unroll
-    for (int row = 0; row < R; row++)
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float& u = s[row / 2][n][row % 2 * 2 + e];
-          u = u_of(u, c, tau[row]);
-        }
+    for_numbers<M, N>([&](int row, int m, int n, int e) { s[m][n][e] = u_of(s[m][n][e], c, tau[row]); });
   };
   // What a pass of its own is for.
   auto sum = [&](const float(&dps)[M][N][4], const float(&s)[M][N][4]) {
-#pragma unroll
-    for (int row = 0; row < R; row++)
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          const float dp = dps[row / 2][n][row % 2 * 2 + e];
-          const float u = s[row / 2][n][row % 2 * 2 + e];
-          float p, w;
-          powers<ALPHA>(u, r, p, w);
-          w_sum[row] += w;
-          w_dp[row] += w * dp;
-          if constexpr (DALPHA) {
-            if (u > 0) sums[row].add_u(u, p, dp);
-          }
-        }
+    for_numbers<M, N>([&](int row, int m, int n, int e) {
+      const float dp = dps[m][n][e], u = s[m][n][e];
+      float p, w;
+      powers<ALPHA>(u, r, p, w);
+      w_sum[row] += w;
+      w_dp[row] += w * dp;
+      if constexpr (DALPHA) {
+        if (u > 0) sums[row].add_u(u, p, dp);
+      }
+    });
   };
   // w from u, in its place.
   auto weigh = [&](float(&s)[M][N][4]) {
-#pragma unroll
-    for (int row = 0; row < R; row++)
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float& w = s[row / 2][n][row % 2 * 2 + e];
-          float p;
-          powers<ALPHA>(w, r, p, w);
-          if constexpr (ONE_PASS) w_sum[row] += w;
-        }
+    for_numbers<M, N>([&](int row, int m, int n, int e) {
+      float& w = s[m][n][e];
+      float p;
+      powers<ALPHA>(w, r, p, w);
+      if constexpr (ONE_PASS) w_sum[row] += w;
+    });
   };
   // ds from dp, in its place, with ONE_PASS up to the rest.
-  auto differentiate = [&](float(&ds)[M][N][4], const float(&s)[M][N][4]) {
-#pragma unroll
-    for (int row = 0; row < R; row++)
-#pragma unroll
-      for (int n = 0; n < N; n++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float& dp = ds[row / 2][n][row % 2 * 2 + e];
-          dp = s[row / 2][n][row % 2 * 2 + e] * (dp - delta[row]);
-          if constexpr (ONE_PASS) w_dp[row] += dp;
-        }
+  auto differentiate = [&](float(&ds)[M][N][4], const float(&w)[M][N][4]) {
+    for_numbers<M, N>([&](int row, int m, int n, int e) {
+      ds[m][n][e] = w[m][n][e] * (ds[m][n][e] - delta[row]);
+      if constexpr (ONE_PASS) w_dp[row] += ds[m][n][e];
+    });
   };
   float dq[M][ND][4], wk[M][ND][4];
   clear(dq);

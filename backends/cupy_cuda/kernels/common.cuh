@@ -458,6 +458,17 @@ __device__ __forceinline__ void clear(float (&values)[M][N][4]) {
       for (int e = 0; e < 4; e++) values[m][n][e] = 0;
 }
 
+// take(row, m, n, e) for each of this thread's numbers [m][n][e], one of its 2 M rows after the other.
+template <int M, int N, class Take>
+__device__ __forceinline__ void for_numbers(Take&& take) {
+#pragma unroll
+  for (int row = 0; row < 2 * M; row++)
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) take(row, row / 2, n, row % 2 * 2 + e);
+}
+
 // -inf where a query does not see a key; rows are queries from first_row on, columns keys.
 template <int M, int N>
 __device__ __forceinline__ void mask_scores(float (&s)[M][N][4], int first_row, int first_key, Lengths lengths,
