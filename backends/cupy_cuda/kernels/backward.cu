@@ -25,7 +25,9 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   int* list = scratch + 32;
   float* staging = reinterpret_cast<float*>(list + LIST_ENTRIES) + warp_of() * STAGING<M, N>;
 
-  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params, scratch);
+  constexpr int PARTS = BLOCK_M / ROWS;
+  const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
+  keep_rows(tile, scratch);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -65,9 +67,13 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     delta[i] = quad_sum(delta[i]);
   }
 
-  // u from the scores of KEYS keys, in their place.
-  auto shift = [&](float(&s)[M][N][4], int j, int first) {
-    if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
+  int whole = 0;  // of the listed blocks
+  // u from the scores of KEYS keys of the i-th of them, in their place.
+  auto shift = [&](float(&s)[M][N][4], int i, int first) {
+    if (i >= whole) {
+      const TileRows rows = kept_rows(scratch);
+      mask_scores<M, N>(s, rows.first, list[i] * BLOCK_N + first, rows.lengths, params.is_causal);
+    }
     for_numbers<M, N>([&](int row, int m, int n, int e) { s[m][n][e] = u_of(s[m][n][e], c, tau[row]); });
   };
   // What a pass of its own is for.
@@ -105,15 +111,13 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   using Loader = TileLoader<T, D, BLOCK_N, THREADS>;
   const Loader keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
   const Loader values_loader(v_tiles, v, 0, tile.lengths.k, params.stride_vn, params.head_dim_v, params.aligned_v);
-  auto load = [&](int i, int stage) {
-    keys_loader.load(stage, list[i] * BLOCK_N);
-    values_loader.load(stage, list[i] * BLOCK_N);
-  };
-  Ahead ahead;
+  const TilePair loader(keys_loader, values_loader);
+  auto place = [&](int i) { return list[i] * BLOCK_N; };
+  auto load = [&](int first, int stage) { loader.load(stage, first); };
+  auto ahead = ahead_of(place, load);
 #pragma unroll
   for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
     auto take_block = [&](int i, int stage) {
-      const int j = list[i];
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
         const int row = stage * BLOCK_N + first;
@@ -123,9 +127,9 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           Packed<T, N> packed, packed_w;
           begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
           begin_scores(ds, Operand<T, D>(dout_tile).from(warpgroup_row<WARPS>()), Operand<T, D>(v_tiles).from(row));
-          ahead.ask(load);
+          ahead.ask();
           finish<1>(s);
-          shift(s, j, first);
+          shift(s, i, first);
           if constexpr (ONE_PASS) {
             weigh(s);
             pack(packed_w, s);
@@ -148,7 +152,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           clear(ds);
           scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
           scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, v_tiles + row * D);
-          shift(s, j, first);
+          shift(s, i, first);
           if (pass == 0) {
             sum(ds, s);
             continue;
@@ -165,7 +169,10 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     };
     for_listed<WARPS>(
         (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch, [&](int j) { return (live[j] & LIVE) != 0; },
-        [&](int count) { pipeline<STAGES, WGMMA>(count, load, take_block, &ahead); });
+        [&](int count) {
+          whole = whole_of<BLOCK_M, BLOCK_N>(list, count, n_whole);
+          pipeline<STAGES, WGMMA>(count, ahead, take_block);
+        });
     if (!ONE_PASS && pass == 1) break;
     quad_sums(w_sum, w_dp);
 #pragma unroll
@@ -187,13 +194,14 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
     }
   }
 
+  const QueryTile end = query_tile<BLOCK_M, PARTS>(params, kept_turn(scratch));
 #pragma unroll
   for (int i = 0; i < R; i++) {
-    const int row = tile.first + row_of<M>(i);
+    const int row = end.first + row_of<M>(i);
     const float nan = nan_of(tau[i]);
-    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[tile.row + row] = delta[i] + nan;
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[end.row + row] = delta[i] + nan;
     if (row >= params.seqlen_q) continue;
-    T* to = static_cast<T*>(params.dq) + (tile.row + row) * params.head_dim;
+    T* to = static_cast<T*>(params.dq) + (end.row + row) * params.head_dim;
     const float factor = params.scale * params.sign;
 #pragma unroll
     for (int n = 0; n < ND; n++) {
@@ -307,20 +315,17 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         }
     };
     using Loader = TileLoader<T, D, COLUMNS, THREADS>;
-    auto new_q_loader = [&]() {
+    auto new_loader = [&]() {
       const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
-      return Loader(q_parts, q, rows.low, rows.high, params.stride_qm, params.head_dim, params.aligned_q);
-    };
-    auto new_dout_loader = [&]() {
       const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
-      return Loader(dout_parts, dout, rows.low, rows.high, params.stride_om, params.head_dim_v, params.aligned_o);
+      return TilePair(
+          Loader(q_parts, q, rows.low, rows.high, params.stride_qm, params.head_dim, params.aligned_q),
+          Loader(dout_parts, dout, rows.low, rows.high, params.stride_om, params.head_dim_v, params.aligned_o));
     };
     // Kept where the registers have room.
-    const Loader q_loader = new_q_loader(), dout_loader = new_dout_loader();
-    auto load = [&](int i, int stage) {
-      const int first = first_of(i);
-      (WGMMA ? q_loader : new_q_loader()).load(stage, first);
-      (WGMMA ? dout_loader : new_dout_loader()).load(stage, first);
+    const auto loader = new_loader();
+    auto load = [&](int first, int stage) {
+      (WGMMA ? loader : new_loader()).load(stage, first);
       const long long start = static_cast<long long>(head) * params.seqlen_q + first;
       if (const int row = threadIdx.x; row < COLUMNS) {
         const bool is_valid = first + row >= rows.low && first + row < rows.high;
@@ -329,7 +334,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
       }
     };
-    Ahead ahead;
+    auto ahead = ahead_of(first_of, load);
     auto take_part = [&](int i, int stage) {
       float p[M][N][4], w[M][N][4], ds[M][N][4];
       if constexpr (WGMMA) {
@@ -337,7 +342,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         const Operand<T, D> dout_part = Operand<T, D>(dout_parts).from(stage * COLUMNS);
         Packed<T, N> packed_p, packed_ds;
         begin_scores(p, Operand<T, D>(k_tile), q_part);
-        ahead.ask(load);
+        ahead.ask();
         begin_scores(ds, Operand<T, D>(v_tile), dout_part);
         finish<1>(p);
         shift(p, i, stage);
@@ -372,7 +377,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           const long long tile = static_cast<long long>(head) * params.n_tiles + i_m;
           return (params.live[tile * params.n_blocks + block.j] & LIVE) != 0;
         },
-        [&](int count) { pipeline<STAGES, WGMMA>(count * PARTS, load, take_part, &ahead); });
+        [&](int count) { pipeline<STAGES, WGMMA>(count * PARTS, ahead, take_part); });
   }
   const Turn turn = kept_turn(scratch);
   if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn);
@@ -453,13 +458,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
       (tile.anyone + BLOCK_N - 1) / BLOCK_N, list, scratch,
       [&](int j) { return (live[j] & (LIVE | HAS_ENTRIES)) != 0; },
       [&](int count) {
+        auto place = [&](int i) { return list[i] * BLOCK_N; };
+        auto load = [&](int first, int stage) {
+          load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, first, 0, tile.lengths.k,
+                                            params.stride_kn, params.head_dim, params.aligned_k);
+        };
         pipeline<STAGES>(
-            count,
-            [&](int i, int stage) {
-              load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, list[i] * BLOCK_N, 0,
-                                                tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
-            },
-            [&](int i, int stage) {
+            count, ahead_of(place, load), [&](int i, int stage) {
 #pragma unroll 1
               for (int first = 0; first < BLOCK_N; first += KEYS) {
                 const int first_key = list[i] * BLOCK_N + first;

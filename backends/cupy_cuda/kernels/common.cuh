@@ -50,6 +50,7 @@ struct Params {
   signed char* block_map;
   int* flags;
   float* maxima;
+  float* slopes;
   long long stride_qb, stride_qh, stride_qm;
   long long stride_kb, stride_kh, stride_kn;
   long long stride_vb, stride_vh, stride_vn;
@@ -224,13 +225,11 @@ __device__ __forceinline__ Turn keep_turn(Turn turn, int* scratch) {
   return kept_turn(scratch);
 }
 
-// With PARTS, so many programs share a tile: the rows are those of a part. With `scratch` the turn is kept there.
+// With PARTS, so many programs share a tile: the rows are those of a part.
 template <int BLOCK_M, int PARTS = 1>
-__device__ __forceinline__ QueryTile query_tile(const Params& params, int* scratch = nullptr) {
+__device__ __forceinline__ QueryTile query_tile(const Params& params, Turn turn) {
   constexpr int ROWS = BLOCK_M / PARTS;
   QueryTile tile;
-  Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_tiles);
-  if (scratch) turn = keep_turn(turn, scratch);
   const int i_bh = turn.i_bh;
   // The longest first, where the mask is causal.
   tile.i_m = params.n_tiles - 1 - turn.i;
@@ -246,6 +245,34 @@ __device__ __forceinline__ QueryTile query_tile(const Params& params, int* scrat
   tile.anyone = tile.first < tile.lengths.q ? keys_seen(last, tile.lengths, params.is_causal) : 0;
   tile.exponent = exponent_of(params, tile.i_h);
   return tile;
+}
+
+template <int PARTS>
+__device__ __forceinline__ Turn tile_turn(const Params& params) {
+  return turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_tiles);
+}
+
+template <int BLOCK_M, int PARTS = 1>
+__device__ __forceinline__ QueryTile query_tile(const Params& params) {
+  return query_tile<BLOCK_M, PARTS>(params, tile_turn<PARTS>(params));
+}
+
+// What of a tile the mask needs.
+struct TileRows {
+  int first;
+  Lengths lengths;
+};
+
+__device__ __forceinline__ TileRows kept_rows(const int* scratch) {
+  return TileRows{scratch[27], Lengths{scratch[28], scratch[29]}};
+}
+
+// It stays in `scratch` as the turn does; seen by all after a barrier.
+__device__ __forceinline__ void keep_rows(const QueryTile& tile, int* scratch) {
+  if (threadIdx.x != 0) return;
+  scratch[27] = tile.first;
+  scratch[28] = tile.lengths.q;
+  scratch[29] = tile.lengths.k;
 }
 
 template <class T>
@@ -328,16 +355,11 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
   }
 }
 
-// The same, to one of several tiles, in fewer instructions where the rows lie whole inside the memory. This thread's place
+// The same, to one of several tiles, in few instructions where the rows lie whole inside the memory. This thread's place
 // in the tiles is worked out once, and with KEEPS its place in the memory, too, for two registers more.
 template <class T, int D, int ROWS, int THREADS, bool KEEPS = false>
 class TileLoader {
   static constexpr int STEP = THREADS / CHUNKS<T, D>;
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr bool HAS_WHOLE = D <= 128 && STEP % 8 == 0 && ROWS % STEP == 0;
-#else
-  static constexpr bool HAS_WHOLE = false;
-#endif
 
   T* tiles;
   const T* base;
@@ -347,8 +369,16 @@ class TileLoader {
   bool is_aligned;
   const T* from;  // this thread's first chunk, of the rows from 0 on
   T* to;          // and of the first tile
+  unsigned n_whole;
 
  public:
+  static constexpr int WIDTH = D;
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  static constexpr bool HAS_WHOLE = D <= 128 && STEP % 8 == 0 && ROWS % STEP == 0;
+#else
+  static constexpr bool HAS_WHOLE = false;
+#endif
+
   // The arguments are those of load_tile. The stride of rows that are aligned is below 2 ** 31 (backend.py).
   __device__ __forceinline__ TileLoader(T* tiles, const T* base, int low, int high, long long stride, int width,
                                         bool is_aligned)
@@ -357,23 +387,65 @@ class TileLoader {
       const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>, chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
       from = base + (row * stride + chunk * PER_CHUNK<T>);
       to = tiles + place_of<T, D>(row, chunk);
+      n_whole = is_aligned && width >= D ? static_cast<unsigned>(max(high - ROWS + 1 - low, 0)) : 0;
       if constexpr (KEEPS) keep(from);
       keep(to);
+      keep(n_whole);
     }
   }
 
   __device__ __forceinline__ void load(int i_tile, int first) const {
-    if constexpr (HAS_WHOLE) {
-      if (is_aligned && width >= D && first >= low && first + ROWS <= high) {
-        const int step = static_cast<int>(stride);
-        const T* rows = from + static_cast<long long>(first) * step;
-#pragma unroll
-        for (int i = 0; i < ROWS; i += STEP)
-          cp_async_16(to + (i_tile * ROWS + i) * D, rows + static_cast<long long>(i) * step, true);
-        return;
-      }
+    if (HAS_WHOLE && static_cast<unsigned>(first - low) < n_whole) {
+      load_whole(i_tile, first);
+    } else {
+      load_any(i_tile, first);
     }
+  }
+
+ private:
+  template <class A, class B>
+  friend class TilePair;
+
+  __device__ __forceinline__ void load_whole(int i_tile, int first) const {
+    const unsigned step = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(T));
+    const T* rows = bytes_behind(from, first, step);
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP) {
+      if (i > 0) rows = bytes_behind(rows, step, STEP);
+      cp_async_16(to + (i_tile * ROWS + i) * D, rows, true);
+    }
+  }
+
+  __device__ __forceinline__ void load_any(int i_tile, int first) const {
     load_tile<T, D, ROWS, THREADS>(tiles + i_tile * ROWS * D, base, first, low, high, stride, width, is_aligned);
+  }
+};
+
+// The same rows of two.
+template <class A, class B>
+class TilePair {
+  A a;
+  B b;
+
+  static constexpr bool HAS_WHOLE = A::HAS_WHOLE && B::HAS_WHOLE && A::WIDTH == B::WIDTH;
+
+ public:
+  __device__ __forceinline__ TilePair(const A& first, const B& second) : a(first), b(second) {
+    if constexpr (HAS_WHOLE) {
+      a.n_whole = min(a.n_whole, b.n_whole);
+      keep(a.n_whole);
+      b.to = a.to + (b.tiles - a.tiles);
+    }
+  }
+
+  __device__ __forceinline__ void load(int i_tile, int first) const {
+    if (HAS_WHOLE && static_cast<unsigned>(first - a.low) < a.n_whole) {
+      a.load_whole(i_tile, first);
+      b.load_whole(i_tile, first);
+    } else {
+      a.load_any(i_tile, first);
+      b.load_any(i_tile, first);
+    }
   }
 };
 
@@ -539,12 +611,47 @@ __device__ __forceinline__ int shorten(int* list, int count, int* scratch, IsKep
   return n_kept;
 }
 
+// How many of the first listed blocks lie whole below n_whole: all but the last ones, as the list is in order, and of the
+// blocks that a tile of BLOCK_M queries sees not whole there are but few.
+template <int BLOCK_M, int BLOCK_N>
+__device__ __forceinline__ int whole_of(const int* list, int count, int n_whole) {
+  int whole = count;
+#pragma unroll
+  for (int i = 1; i <= BLOCK_M / BLOCK_N + 1; i++) whole -= i <= count && list[count - i] >= n_whole;
+  return whole;
+}
+
 __device__ __forceinline__ bool bit_of(const unsigned* words, int i) { return words[i / WORD] >> (i % WORD) & 1; }
 
-// Sets a bit if any thread of the warp asks for it.
-__device__ __forceinline__ void mark(unsigned* words, int i, bool is_set) {
-  if (any_sync(is_set) && lane_of() == 0) atomic_or(words + i / WORD, 1u << (i % WORD));
-}
+// A bit for each of a list's blocks: whether a thread of the warp asks for it.
+class Marks {
+  unsigned bits = 0;
+
+  template <class Write>
+  __device__ __forceinline__ void write_word(int i_word, Write&& write) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) bits |= shfl_xor(bits, mask);
+    write(i_word, bits);
+    bits = 0;
+  }
+
+ public:
+  // Of block i, one after the other; write(i_word, bits) takes what is full.
+  template <class Write>
+  __device__ __forceinline__ void add(int i, bool is_set, Write&& write) {
+    bits >>= 1;
+    if (is_set) bits |= 1u << (WORD - 1);
+    if ((i + 1) % WORD == 0) write_word(i / WORD, write);
+  }
+
+  // After `count` blocks.
+  template <class Write>
+  __device__ __forceinline__ void finish(int count, Write&& write) {
+    if (count % WORD == 0) return;
+    bits >>= WORD - count % WORD;
+    write_word(count / WORD, write);
+  }
+};
 
 template <int THREADS, class V>
 __device__ __forceinline__ void fill(V* values, int n, V value) {
@@ -572,30 +679,57 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 
 // ---- the loop over blocks
 
-// A load for a later compute. Its instructions are for the time in which the first products of this one are under way.
-struct Ahead {
-  bool is_due = false;
-  int i = 0, stage = 0;
+// load(first, stage), for a later compute, of what place(i) says: its instructions are for the time in which the first
+// products of this one are under way. EARLY: place(i) is asked a compute before, as it waits for global memory.
+template <bool EARLY, class Place, class Load>
+class Ahead {
+  const Place& place;
+  const Load& load;
+  int first = 0;
 
-  template <class Load>
-  __device__ __forceinline__ void ask(Load&& load) const {
-    if (is_due) load(i, stage);
+ public:
+  int i = 0, n = 0, stage = 0;  // which is due, of how many, and where it goes
+
+  __device__ __forceinline__ Ahead(const Place& place, const Load& load) : place(place), load(load) {}
+
+  // Of the first n, more than 0.
+  __device__ __forceinline__ void find() {
+    if constexpr (EARLY) first = place(min(i, n - 1));
+  }
+
+  __device__ __forceinline__ void ask() {
+    if (i < n) load(EARLY ? first : place(i), stage);
     cp_async_commit();
+    i++;
+    find();
   }
 };
 
-// load(i, stage) asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are
-// other stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all
-// threads. On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what
-// was loaded; a compute finishes its own, and asks `ahead` for the load that is due.
-template <int STAGES, bool WGMMA = false, int LAG = 0, class Load, class Compute>
-__device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& compute, Ahead* ahead = nullptr) {
+template <bool EARLY = false, class Place, class Load>
+__device__ __forceinline__ Ahead<EARLY, Place, Load> ahead_of(const Place& place, const Load& load) {
+  return Ahead<EARLY, Place, Load>(place, load);
+}
+
+struct Itself {
+  __device__ __forceinline__ int operator()(int i) const { return i; }
+};
+
+// ahead asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are other
+// stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all threads.
+// On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what was loaded;
+// a compute finishes its own, and asks `ahead` for the load that is due.
+template <int STAGES, bool WGMMA = false, int LAG = 0, class Loads, class Compute>
+__device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& compute) {
   constexpr int AHEAD = STAGES - 1 - LAG;
   static_assert(AHEAD > 0 || STAGES == 1);
+  if (n <= 0) return;
+  ahead.i = 0;
+  ahead.n = n;
+  ahead.find();
 #pragma unroll
   for (int i = 0; i < AHEAD; i++) {
-    if (i < n) load(i, i);
-    cp_async_commit();
+    ahead.stage = i;
+    ahead.ask();
   }
   int next = 0;
 #pragma unroll 1
@@ -603,19 +737,16 @@ __device__ __forceinline__ void pipeline(const int& n, Load&& load, Compute&& co
     const int stage = STAGES == 2 ? i % 2 : next;
     if constexpr (STAGES == 1) {
       __syncthreads();
-      load(i, 0);
-      cp_async_commit();
+      ahead.ask();
     }
     cp_async_wait<STAGES == 1 ? 0 : AHEAD - 1>();
     if constexpr (WGMMA) wgmma_proxy_fence();
     __syncthreads();
     if constexpr (STAGES > 1) {
-      const Ahead due{i + AHEAD < n, i + AHEAD, stage <= LAG ? stage + AHEAD : stage - LAG - 1};
-      if constexpr (WGMMA) {
-        *ahead = due;
-      } else {
-        due.ask(load);
-      }
+      ahead.n = n;
+      ahead.i = i + AHEAD;
+      ahead.stage = stage <= LAG ? stage + AHEAD : stage - LAG - 1;
+      if constexpr (!WGMMA) ahead.ask();
     }
     compute(i, stage);
     next = stage == STAGES - 1 ? 0 : stage + 1;

@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
     rest[i] = 0;
   }
   pipeline<STAGES>(
-      n,
-      [&](int i, int stage) {
+      n, ahead_of(Itself(), [&](int i, int stage) {
         if (i == 0) {
           gather_tile<T, D, ROWS, THREADS>(q_tile, q, params.head_dim, params.aligned_q, [&](int row) {
             row += first_row;
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
         }
         load_tile<T, D, KEYS, THREADS>(k_tiles + stage * KEYS * D, k, (begin + i) * KEYS, 0, lengths.k,
                                        params.stride_kn, params.head_dim, params.aligned_k);
-      },
+      }),
       [&](int i, int stage) {
         const int j = begin + i, first = j * KEYS + warp_of() * 8 * N;
         float s[M][N][4];
@@ -275,15 +274,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_outpu
   for (int first = 0; first < n_members; first += CANDIDATES) {
     const int n = min(n_members - first, CANDIDATES);
     pipeline<STAGES>(
-        (n + BATCH - 1) / BATCH,
-        [&](int i, int stage) {
+        (n + BATCH - 1) / BATCH, ahead_of(Itself(), [&](int i, int stage) {
           gather_tile<T, D, BATCH, THREADS>(k_tiles + stage * BATCH * D, k, params.head_dim, params.aligned_k,
                                             [&](int i_key) {
                                               const int member = first + i * BATCH + i_key;
                                               const int key = member < n_members ? key_of(member) : seen;
                                               return key < seen ? k + key * params.stride_kn : nullptr;
                                             });
-        },
+        }),
         [&](int i, int stage) {
           if (warp_of() * 16 >= BATCH) return;
           float s[1][2][4];

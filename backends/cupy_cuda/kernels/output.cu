@@ -2,23 +2,31 @@
 #include "entries.cuh"
 #include "products.cuh"
 
+// p and w of a score of a row, which are added to its f and, where w is asked for, g.
+template <int ALPHA, bool WITH_W>
+__device__ __forceinline__ void weigh_one(float s, float c, float r, float tau, float& p, float& w, float& f, float& g) {
+  powers<ALPHA>(u_of(s, c, tau), r, p, w);
+  f += p;
+  if constexpr (WITH_W) g += w;
+}
+
 // p, in place of this thread's scores, and w of rows with these tau, which are added to f and g; whether there is support
 // among them.
-template <int ALPHA, int N>
+template <int ALPHA, bool WITH_W, int N>
 __device__ __forceinline__ bool weigh(float (&p)[1][N][4], float (&w)[1][N][4], float (&f)[2], float (&g)[2],
                                       const float (&tau)[2], float c, float r) {
-  float added[2] = {};
+  float added_f[2] = {}, added_g[2] = {};
 #pragma unroll
   for (int n = 0; n < N; n++)
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      powers<ALPHA>(u_of(p[0][n][e], c, tau[e / 2]), r, p[0][n][e], w[0][n][e]);
-      f[e / 2] += p[0][n][e];
-      added[e / 2] += w[0][n][e];
-    }
-  g[0] += added[0];
-  g[1] += added[1];
-  return added[0] > 0 || added[1] > 0;
+    for (int e = 0; e < 4; e++)
+      weigh_one<ALPHA, WITH_W>(p[0][n][e], c, r, tau[e / 2], p[0][n][e], w[0][n][e], added_f[e / 2], added_g[e / 2]);
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    f[row] += added_f[row];
+    g[row] += added_g[row];
+  }
+  return added_f[0] + added_f[1] > 0;
 }
 
 // The same with p and w as left operands, 16 keys after the other so that few numbers are in registers at once.
@@ -26,29 +34,30 @@ template <class T, int ALPHA, int N>
 __device__ __forceinline__ bool pack_weights(Packed<T, N>& packed_p, Packed<T, N>& packed_w,
                                              const float (&s)[1][N][4], float (&f)[2], float (&g)[2],
                                              const float (&tau)[2], float c, float r) {
-  float added[2] = {};
+  float added_f[2] = {}, added_g[2] = {};
 #pragma unroll
   for (int step = 0; step < N / 2; step++) {
     float p[1][2][4], w[1][2][4];
 #pragma unroll
     for (int n = 0; n < 2; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        powers<ALPHA>(u_of(s[0][2 * step + n][e], c, tau[e / 2]), r, p[0][n][e], w[0][n][e]);
-        f[e / 2] += p[0][n][e];
-        added[e / 2] += w[0][n][e];
-      }
+      for (int e = 0; e < 4; e++)
+        weigh_one<ALPHA, true>(s[0][2 * step + n][e], c, r, tau[e / 2], p[0][n][e], w[0][n][e], added_f[e / 2],
+                               added_g[e / 2]);
     pack_fragments<T>(packed_p.r[step], p, 0);
     pack_fragments<T>(packed_w.r[step], w, 0);
   }
-  g[0] += added[0];
-  g[1] += added[1];
-  return added[0] > 0 || added[1] > 0;
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    f[row] += added_f[row];
+    g[row] += added_g[row];
+  }
+  return added_f[0] + added_f[1] > 0;
 }
 
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
-// is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w. KEYS keys
-// are multiplied at once; values wider than DV are taken in parts.
+// is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and the
+// slope, sum w, is that of the step before. KEYS keys are multiplied at once; values wider than DV are taken in parts.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
           bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
@@ -76,7 +85,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   const int count = params.counts[tile.index];
   // Its output came from entries.
   if (count < 0) return;
-  const int n_whole = tile.everyone / BLOCK_N;
+  const int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, tile.everyone / BLOCK_N);
 
   load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
                                  params.aligned_q);
@@ -98,12 +107,15 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
 
   const TileLoader<T, D, BLOCK_N, THREADS, !CORRECTED> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
                                                                    params.head_dim, params.aligned_k);
-  auto mask = [&](float(&s)[M][N][4], int j, int first) {
-    if (j >= n_whole) mask_scores<M, N>(s, tile.first, j * BLOCK_N + first, tile.lengths, params.is_causal);
+  // The i-th of the listed blocks, from its key `first` on.
+  auto mask = [&](float(&s)[M][N][4], int i, int first) {
+    if (i >= whole) mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
   };
-  auto mark_live = [&](int j, bool has_support) {
-    if (any_sync(has_support || has_bad) && params.live && lane_of() == 0)
-      params.live[tile.index * params.n_blocks + j] = LIVE;
+  Marks marks;
+  auto write_live = [&](int i_word, unsigned bits) {
+    const int i = i_word * WORD + lane_of();
+    if (params.live && i < count && (has_bad || bits >> lane_of() & 1))
+      params.live[tile.index * params.n_blocks + list[i]] = LIVE;
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
@@ -114,11 +126,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
     const TileLoader<T, DV, BLOCK_N, THREADS, !CORRECTED> values_loader(v_tiles, v + from, 0, tile.lengths.k,
                                                                         params.stride_vn, width, params.aligned_v);
-    auto load = [&](int i, int stage) {
-      const int first = list[i] * BLOCK_N;
-      keys_loader.load(stage, first);
-      values_loader.load(stage, first);
-    };
+    const TilePair loader(keys_loader, values_loader);
+    auto place = [&](int i) { return list[i] * BLOCK_N; };
+    auto load = [&](int first, int stage) { loader.load(stage, first); };
+    auto ahead = ahead_of<true>(place, load);
     // out += p v, and wv += w v where it is needed.
     auto begin_sums = [&](const Packed<T, N>& p, const Packed<T, N>& w, int stage) {
       const Operand<T, DV> values = Operand<T, DV>(v_tiles).from(stage * BLOCK_N);
@@ -130,21 +141,20 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
       if constexpr (CORRECTED) finish<0>(wv);
     };
     const Operand<T, D> queries = Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys(k_tiles);
-    Ahead ahead;
     if constexpr (WGMMA && CORRECTED && PROGRAMS * WARPS > 8) {
       // The registers have no room for sums that are under way beside the scores.
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
         Packed<T, N> p, w;
-        ahead.ask(load);
+        ahead.ask();
         begin_scores(s, queries, keys.from(stage * BLOCK_N));
         finish<0>(s);
-        mask(s, list[i], 0);
-        mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
+        mask(s, i, 0);
+        marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
         begin_sums(p, w, stage);
         finish_sums();
       };
-      pipeline<STAGES, true>(count, load, take_block, &ahead);
+      pipeline<STAGES, true>(count, ahead, take_block);
     } else if constexpr (WGMMA) {
       // A block's values are multiplied after the scores of the next one have begun, the first block's by nothing before,
       // as no branch may part sums that are under way from others; without CORRECTED, while that block is weighed.
@@ -154,36 +164,35 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         float s[M][N][4];
         begin_scores(s, queries, keys.from(stage * BLOCK_N));
         begin_sums(p, w, before);
-        ahead.ask(load);
+        ahead.ask();
         finish<(CORRECTED ? 0 : 1)>(s);
         before = stage;
-        mask(s, list[i], 0);
+        mask(s, i, 0);
         if constexpr (CORRECTED) {
           finish_sums();
-          mark_live(list[i], pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r));
+          marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
         } else {
           float unused[M][N][4];
-          mark_live(list[i], weigh<ALPHA>(s, unused, f, g, tau, c, r));
+          marks.add(i, weigh<ALPHA, false>(s, unused, f, g, tau, c, r), write_live);
           finish_sums();
           pack(p, s);
         }
       };
-      pipeline<STAGES, true, 1>(count, load, take_block, &ahead);
+      pipeline<STAGES, true, 1>(count, ahead, take_block);
       if (count > 0) {
         begin_sums(p, w, before);
         finish_sums();
       }
     } else {
-      pipeline<STAGES>(count, load, [&](int i, int stage) {
-        const int j = list[i];
+      pipeline<STAGES>(count, ahead, [&](int i, int stage) {
         bool has_support = false;
 #pragma unroll 1
         for (int first = 0; first < BLOCK_N; first += KEYS) {
           float p[M][N][4], w[M][N][4];
           clear(p);
           scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
-          mask(p, j, first);
-          has_support |= weigh<ALPHA>(p, w, f, g, tau, c, r);
+          mask(p, i, first);
+          has_support |= weigh<ALPHA, CORRECTED>(p, w, f, g, tau, c, r);
           const T* values = v_tiles + (stage * BLOCK_N + first) * DV;
           if constexpr (CORRECTED) {
             accumulate_both<T>(out, wv, p, w, values, staging);
@@ -191,16 +200,18 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
             accumulate<T>(out, p, values, staging);
           }
         }
-        mark_live(j, has_support);
+        marks.add(i, has_support, write_live);
       });
     }
+    marks.finish(count, write_live);
     quad_sums(f, g);
 #pragma unroll
     for (int row = 0; row < R; row++) {
       const int at = tile.first + row_of<M>(row);
       const float nan = nan_of(tau[row]);
-      const float change = newton_step<ALPHA>(f[row], g[row], r);
       if (at >= params.seqlen_q) continue;
+      const float slope = CORRECTED ? g[row] : params.slopes[tile.row + at];
+      const float change = newton_step<ALPHA>(f[row], slope, r);
       if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change;
       T* to = static_cast<T*>(params.out) + (tile.row + at) * params.head_dim_v + from;
       const float norm = f[row] > 0 ? f[row] : 1.0f;

@@ -227,6 +227,16 @@ __device__ __forceinline__ void keep(V*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
+__device__ __forceinline__ void keep(unsigned& number) { asm volatile("" : "+r"(number)); }
+
+// a times b bytes behind the pointer: one instruction, which the compiler makes several of.
+template <class V>
+__device__ __forceinline__ V* bytes_behind(V* pointer, unsigned a, unsigned b) {
+  V* behind;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(behind) : "r"(a), "r"(b), "l"(pointer));
+  return behind;
+}
+
 // The larger one; NaN if one is.
 __device__ __forceinline__ float max_or_nan(float a, float b) {
 #if __CUDA_ARCH__ >= 800

@@ -70,13 +70,14 @@ struct EntryPlaces {
   int n, begin, total;
 };
 
-// Raises tau to its end.
+// Raises tau to its end; g is sum w of the last step.
 template <int ALPHA, int WARPS, int ROOM>
-__device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& entries, float (&tau)[2], float c,
-                                                        float r, int* scratch) {
+__device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& entries, float (&tau)[2],
+                                                        float (&g)[2], float c, float r, int* scratch) {
   const int longest = max(entries.count(0), entries.count(1));
   for (int step = 0; step < MAX_STEPS; step++) {
-    float f[2] = {}, g[2] = {}, largest = 0;
+    float f[2] = {}, largest = 0;
+    g[0] = g[1] = 0;
 #pragma unroll 4
     for (int i = lane_of() % 4; i < longest; i += 4)
 #pragma unroll
@@ -204,8 +205,8 @@ __device__ __forceinline__ void attend_by_entries(const Params& params, const Qu
 // Adds this thread's p to f and its w to g, of each row, from the scores; whether it has support among them.
 template <int ALPHA, int M, int N>
 __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M], const float (&s)[M][N][4],
-                                               const float (&tau)[2 * M], float c, float r) {
-  bool has_support = false;
+                                            const float (&tau)[2 * M], float c, float r) {
+  float all = 0;
 #pragma unroll
   for (int row = 0; row < 2 * M; row++) {
     float added = 0;
@@ -219,13 +220,13 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
         added += w;
       }
     g[row] += added;
-    has_support |= added > 0;
+    all += added;
   }
-  return has_support;
+  return all > 0;
 }
 
-// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one. KEYS keys are
-// multiplied at once.
+// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 with
+// the slope, sum w, of the last step here. KEYS keys are multiplied at once.
 template <class T, int D, int ALPHA, bool ENTRIES, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
           int PROGRAMS, bool WGMMA>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(const Params params) {
@@ -284,26 +285,29 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
 
   const TileLoader<T, D, BLOCK_N, THREADS, (D > 64)> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
                                                                  params.head_dim, params.aligned_k);
-  auto load_keys = [&](int i, int stage) { keys_loader.load(stage, list[i] * BLOCK_N); };
-  Ahead ahead;
+  auto place = [&](int i) { return list[i] * BLOCK_N; };
+  auto load = [&](int first, int stage) { keys_loader.load(stage, first); };
+  auto ahead = ahead_of<true>(place, load);
+  int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, n_whole);
   // With the i-th of the listed blocks, from its key `first` on.
   auto form_scores = [&](float(&s)[M][N][4], int i, int stage, int first) {
     if constexpr (WGMMA) {
       begin_scores(s, fragments, Operand<T, D>(k_tiles).from(stage * BLOCK_N));
-      ahead.ask(load_keys);
+      ahead.ask();
       finish<0>(s);
     } else {
       clear(s);
       scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
     }
-    if (list[i] >= n_whole)
-      mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
+    if (i >= whole) mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
   };
   auto store_results = [&](const float(&end)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) {
       const int row = tile.first + row_of<M>(i);
-      if (lane_of() % 4 == 0 && row < params.seqlen_q) params.tau[tile.row + row] = end[i];
+      if (lane_of() % 4 != 0 || row >= params.seqlen_q) continue;
+      params.tau[tile.row + row] = end[i];
+      if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = g[i];
     }
     if (threadIdx.x == 0) params.counts[tile.index] = count;
   };
@@ -338,13 +342,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     };
-    pipeline<STAGES, WGMMA>(n_steps, load_keys, list_entries, &ahead);
+    pipeline<STAGES, WGMMA>(n_steps, ahead, list_entries);
     // Again, so that no register kept it.
     load_tau();
     const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
     if (n_steps > 0 && has_all) {
       float end[R] = {tau[0], tau[1]};
-      const EntryPlaces places = solve_by_entries<ALPHA, WARPS>(entries, end, c, r, reinterpret_cast<int*>(scratch));
+      const EntryPlaces places =
+          solve_by_entries<ALPHA, WARPS>(entries, end, g, c, r, reinterpret_cast<int*>(scratch));
       const EntryList saved = entry_list<BLOCK_M>(params.entries, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D, WGMMA> * count, saved.capacity)) {
@@ -373,11 +378,15 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const float tolerance =
       exp2f(log2f(params.target) * fmaxf(0.5f, tile.exponent)) * fminf(2 * tile.exponent, 1.0f);
   float largest = 2 * tolerance;
+  fill<THREADS>(words, words_per_tile, 0u);
+  __syncthreads();
+  Marks marks;
+  auto write_word = [&](int i_word, unsigned bits) {
+    if (lane_of() == 0) atomic_or(words + i_word, bits);
+  };
   for (int step = 0; step < MAX_STEPS && largest > tolerance; step++) {
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    fill<THREADS>(words, words_per_tile, 0u);
-    __syncthreads();
     auto take_block = [&](int i, int stage) {
       bool has_support = false;
 #pragma unroll 1
@@ -386,13 +395,16 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         form_scores(s, i, stage, first);
         has_support |= add_weights<ALPHA>(f, g, s, tau, c, r);
       }
-      mark(words, i, has_support);
+      marks.add(i, has_support, write_word);
     };
-    pipeline<STAGES, WGMMA>(count, load_keys, take_block, &ahead);
+    pipeline<STAGES, WGMMA>(count, ahead, take_block);
     quad_sums(f, g);
     if (step == 0 && !has_bad) {
+      marks.finish(count, write_word);
+      __syncthreads();
       count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return bit_of(words, i); });
       __syncthreads();
+      whole = whole_of<BLOCK_M, BLOCK_N>(list, count, n_whole);
     }
     float relative = 0;
 #pragma unroll

@@ -268,8 +268,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   };
   const TileLoader<T, D, KEYS, THREADS, true> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
                                                           params.head_dim, params.aligned_k);
-  auto load_keys = [&](int i, int stage) { keys_loader.load(stage, step_of(i) * KEYS); };
-  Ahead ahead;
+  auto place = [&](int i) { return step_of(i) * KEYS; };
+  auto load = [&](int first, int stage) { keys_loader.load(stage, first); };
+  auto ahead = ahead_of(place, load);
   auto take_keys = [&](int i, int stage) {
     float s[M][N][4];
     if constexpr (WGMMA) {
@@ -280,7 +281,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
         begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
       }
       // The product goes on meanwhile.
-      ahead.ask(load_keys);
+      ahead.ask();
       use_maxima(i - 1);
       finish<0>(s);
       take_maxima(s, i);
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       use_maxima(i);
     }
   };
-  pipeline<STAGES, WGMMA>(n_seen, load_keys, take_keys, &ahead);
+  pipeline<STAGES, WGMMA>(n_seen, ahead, take_keys);
   if constexpr (WGMMA) use_maxima(n_seen - 1);
 
   int* bins = reinterpret_cast<int*>(smem);
