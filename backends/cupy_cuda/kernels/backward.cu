@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
   constexpr int PARTS = BLOCK_M / ROWS;
   const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
-  keep_rows(tile, scratch);
+  keep_place(MaskPlace{tile.first, tile.lengths}, scratch);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   // u from the scores of KEYS keys of the i-th of them, in their place.
   auto shift = [&](float(&s)[M][N][4], int i, int first) {
     if (i >= whole) {
-      const TileRows rows = kept_rows(scratch);
-      mask_scores<M, N>(s, rows.first, list[i] * BLOCK_N + first, rows.lengths, params.is_causal);
+      const MaskPlace place = kept_place(scratch);
+      mask_scores<M, N>(s, place.first, list[i] * BLOCK_N + first, place.lengths, params.is_causal);
     }
     for_numbers<M, N>([&](int row, int m, int n, int e) { s[m][n][e] = u_of(s[m][n][e], c, tau[row]); });
   };
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   for (int i = 0; i < R; i++) {
     const int row = end.first + row_of<M>(i);
     const float nan = nan_of(tau[i]);
-    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[end.row + row] = delta[i] + nan;
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[end.row + row] = nan != nan ? 0.0f : delta[i];
     if (row >= params.seqlen_q) continue;
     T* to = static_cast<T*>(params.dq) + (end.row + row) * params.head_dim;
     const float factor = params.scale * params.sign;
@@ -213,19 +213,41 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
 template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
-                                           const Params& params, Turn turn) {
+                                           const Params& params, Turn turn, int lost) {
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) {
     const int key = turn.i * BLOCK_N + row_of<M>(i);
     if (key >= params.seqlen_k) continue;
     const long long row = static_cast<long long>(turn.i_bh) * params.seqlen_k + key;
+    const float nan = row_of<M>(i) < lost ? not_a_number() : 0.0f;
     T* start = static_cast<T*>(to) + row * width;
 #pragma unroll
     for (int n = 0; n < N; n++) {
       const float* sums = values[i / 2][n] + i % 2 * 2;
-      store_pair(start, column_of(n, 0), width, sums[0] * factor, sums[1] * factor);
+      store_pair(start, column_of(n, 0), width, sums[0] * factor + nan, sums[1] * factor + nan);
     }
   }
+}
+
+// Where `scratch` has for dkv what stays there as the turn does.
+constexpr int KEPT_LOST = 26;
+
+// How many keys of the block, the first ones, a row without a tau sees, of all heads of the group.
+template <int BLOCK_M, int BLOCK_N, int WARPS>
+__device__ __forceinline__ int lost_keys(const Params& params, const KeyBlock& block, int* scratch) {
+  int lost = 0;
+  for (int i_g = 0; i_g < block.group; i_g++) {
+    const long long head = static_cast<long long>(block.i_b) * params.heads_q + block.i_kv * block.group + i_g;
+    for (int i_m = 0; i_m < params.n_tiles; i_m++) {
+      if (!(params.live[(head * params.n_tiles + i_m) * params.n_blocks + block.j] & HAS_NAN)) continue;
+      const int end = min((i_m + 1) * BLOCK_M, params.seqlen_q);
+      for (int row = i_m * BLOCK_M + static_cast<int>(threadIdx.x); row < end; row += 32 * WARPS) {
+        const float tau = params.tau[head * params.seqlen_q + row];
+        if (tau != tau) lost = max(lost, keys_seen(row, block.lengths, params.is_causal) - block.j * BLOCK_N);
+      }
+    }
+  }
+  return static_cast<int>(block_max<WARPS>(static_cast<float>(min(lost, BLOCK_N)), reinterpret_cast<float*>(scratch)));
 }
 
 // dk, dv or both, over the tiles of all heads of the group for which the block is live: no atomics, so that the bits are
@@ -260,28 +282,28 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
     const float exponent = exponent_of(params, i_h);
     const float c = exponent * params.scale, r = 1 / exponent;
     auto first_of = [&](int i) { return list[i / PARTS] * BLOCK_M + i % PARTS * COLUMNS; };
+    int masked = 0;  // so many parts, the first ones, do not see the whole block
     // u from the scores, in their place.
     auto shift = [&](float(&p)[M][N][4], int i, int stage) {
-      const int first = first_of(i);
 #pragma unroll
       for (int n = 0; n < N; n++)
 #pragma unroll
         for (int e = 0; e < 2; e++) {
           const float tau = taus[stage * COLUMNS + column_of(n, e)];
-          // A row without a tau takes all that it sees with it: NaN stays.
 #pragma unroll
           for (int row = 0; row < 2 * M; row++) {
             float& u = p[row / 2][n][row % 2 * 2 + e];
-            u = max_or_nan(u * c - tau, 0.0f);
+            u = u_of(u, c, tau);
           }
         }
-      if (keys_seen(first, block.lengths, params.is_causal) < (block.j + 1) * BLOCK_N) {
+      if (i < masked) {
+        const int first = first_of(i);
+        const MaskPlace place = kept_place(scratch);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
           for (int e = 0; e < 2; e++) {
-            const int seen =
-                keys_seen(first + column_of(n, e), block.lengths, params.is_causal) - block.j * BLOCK_N;
+            const int seen = keys_seen(first + column_of(n, e), place.lengths, params.is_causal) - place.first;
 #pragma unroll
             for (int row = 0; row < 2 * M; row++)
               if (row_of<M>(row) >= seen) p[row / 2][n][row % 2 * 2 + e] = 0;
@@ -377,11 +399,20 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           const long long tile = static_cast<long long>(head) * params.n_tiles + i_m;
           return (params.live[tile * params.n_blocks + block.j] & LIVE) != 0;
         },
-        [&](int count) { pipeline<STAGES, WGMMA>(count * PARTS, ahead, take_part); });
+        [&](int count) {
+          const int n = count * PARTS;
+          masked = 0;
+          const MaskPlace place = kept_place(scratch);
+          while (masked < n && keys_seen(first_of(masked), place.lengths, params.is_causal) < place.first + BLOCK_N)
+            masked++;
+          pipeline<STAGES, WGMMA>(n, ahead, take_part);
+        });
   }
   const Turn turn = kept_turn(scratch);
-  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn);
-  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params, turn);
+  const int lost = scratch[KEPT_LOST];
+  if constexpr (DK)
+    store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn, lost);
+  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params, turn, lost);
 }
 
 // dk and dv of one block of keys.
@@ -395,6 +426,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   int* scratch = reinterpret_cast<int*>(v_tile + BLOCK_N * D + 2 * STAGES * COLUMNS * D);
 
   const KeyBlock block = key_block(params, scratch);
+  keep_place(MaskPlace{block.j * BLOCK_N, block.lengths}, scratch);
   const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
   load_tile<T, D, BLOCK_N, THREADS>(k_tile, k, block.j * BLOCK_N, 0, block.lengths.k, params.stride_kn,
@@ -402,10 +434,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   load_tile<T, D, BLOCK_N, THREADS>(v_tile, v, block.j * BLOCK_N, 0, block.lengths.k, params.stride_vn,
                                     params.head_dim_v, params.aligned_v);
   cp_async_commit();
-  int bits = LIVE;
-  if constexpr (WGMMA) bits = live_bits<WARPS>(params, block, scratch);
+  const int bits = live_bits<WARPS>(params, block, scratch);
   cp_async_wait<0>();
   if (bits == HAS_ENTRIES) return;  // entmax_attn_bwd_dkv_entries does all
+  // Rows without a tau take all that they see with them.
+  const int lost = bits & HAS_NAN ? lost_keys<BLOCK_M, BLOCK_N, WARPS>(params, block, scratch) : 0;
+  if (threadIdx.x == 0) scratch[KEPT_LOST] = lost;
   __syncthreads();
   apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
   if constexpr (D <= 128) {

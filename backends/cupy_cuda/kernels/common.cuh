@@ -257,22 +257,22 @@ __device__ __forceinline__ QueryTile query_tile(const Params& params) {
   return query_tile<BLOCK_M, PARTS>(params, tile_turn<PARTS>(params));
 }
 
-// What of a tile the mask needs.
-struct TileRows {
+// What a mask needs to know: the first query of the tile, or key of the block, and the lengths.
+struct MaskPlace {
   int first;
   Lengths lengths;
 };
 
-__device__ __forceinline__ TileRows kept_rows(const int* scratch) {
-  return TileRows{scratch[27], Lengths{scratch[28], scratch[29]}};
+__device__ __forceinline__ MaskPlace kept_place(const int* scratch) {
+  return MaskPlace{scratch[27], Lengths{scratch[28], scratch[29]}};
 }
 
 // It stays in `scratch` as the turn does; seen by all after a barrier.
-__device__ __forceinline__ void keep_rows(const QueryTile& tile, int* scratch) {
+__device__ __forceinline__ void keep_place(MaskPlace place, int* scratch) {
   if (threadIdx.x != 0) return;
-  scratch[27] = tile.first;
-  scratch[28] = tile.lengths.q;
-  scratch[29] = tile.lengths.k;
+  scratch[27] = place.first;
+  scratch[28] = place.lengths.q;
+  scratch[29] = place.lengths.k;
 }
 
 template <class T>
@@ -394,12 +394,18 @@ class TileLoader {
     }
   }
 
-  __device__ __forceinline__ void load(int i_tile, int first) const {
-    if (HAS_WHOLE && static_cast<unsigned>(first - low) < n_whole) {
-      load_whole(i_tile, first);
-    } else {
-      load_any(i_tile, first);
-    }
+  __device__ __forceinline__ void load(int i_tile, int first) const { load_group<1>(i_tile, {first}); }
+
+  // The next tiles, too.
+  template <int GROUP>
+  __device__ __forceinline__ void load_group(int i_tile, const int (&firsts)[GROUP]) const {
+    bool are_whole = HAS_WHOLE;
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) are_whole &= static_cast<unsigned>(firsts[i] - low) < n_whole;
+#pragma unroll
+    for (int i = 0; i < GROUP && are_whole; i++) load_whole(i_tile + i, firsts[i]);
+#pragma unroll
+    for (int i = 0; i < GROUP && !are_whole; i++) load_any(i_tile + i, firsts[i]);
   }
 
  private:
@@ -409,6 +415,7 @@ class TileLoader {
   __device__ __forceinline__ void load_whole(int i_tile, int first) const {
     const unsigned step = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(T));
     const T* rows = bytes_behind(from, first, step);
+    // Each address is made of the one before: copies that are asked for one right behind the other hold up the products.
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP) {
       if (i > 0) rows = bytes_behind(rows, step, STEP);
@@ -685,7 +692,7 @@ template <bool EARLY, class Place, class Load>
 class Ahead {
   const Place& place;
   const Load& load;
-  int first = 0;
+  decltype(place(0)) first{};
 
  public:
   int i = 0, n = 0, stage = 0;  // which is due, of how many, and where it goes

@@ -12,10 +12,11 @@ constexpr int ENTRIES = 5440;       // of a tile, at most
 constexpr int ENTRY_BLOCKS = 2048;  // of keys, at most, where tiles may be entry tiles
 
 // Bits of `live`: the block holds support, in an ordinary tile or in an entry tile; the tile, by its first block, is an
-// entry tile.
+// entry tile; a row of the tile has no tau.
 constexpr int LIVE = 1;
 constexpr int HAS_ENTRIES = 2;
 constexpr int ENTRY_TILE = 4;
+constexpr int HAS_NAN = 8;
 
 // A tile's part of a tensor.
 struct EntryList {
@@ -358,7 +359,7 @@ __device__ __forceinline__ KeyBlock key_block(const Params& params, int* scratch
   return block;
 }
 
-// LIVE and HAS_ENTRIES, if any tile of the group's heads has them for the block. `scratch` has room for a number per
+// What any tile of the group's heads has for the block: LIVE, HAS_ENTRIES, HAS_NAN. `scratch` has room for a number per
 // warp.
 template <int WARPS>
 __device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& block, int* scratch) {
@@ -368,8 +369,9 @@ __device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& b
 #pragma unroll 8
   for (int i = threadIdx.x; i < block.group * params.n_tiles; i += 32 * WARPS)
     bits |= live[static_cast<long long>(i) * params.n_blocks];
-  const bool is_live = any_sync((bits & LIVE) != 0), has_entries = any_sync((bits & HAS_ENTRIES) != 0);
-  if (lane_of() == 0) scratch[warp_of()] = (is_live ? LIVE : 0) | (has_entries ? HAS_ENTRIES : 0);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) bits |= shfl_xor(bits, mask);
+  if (lane_of() == 0) scratch[warp_of()] = bits & (LIVE | HAS_ENTRIES | HAS_NAN);
   __syncthreads();
   bits = 0;
   for (int i = 0; i < WARPS; i++) bits |= scratch[i];

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   auto write_live = [&](int i_word, unsigned bits) {
     const int i = i_word * WORD + lane_of();
     if (params.live && i < count && (has_bad || bits >> lane_of() & 1))
-      params.live[tile.index * params.n_blocks + list[i]] = LIVE;
+      params.live[tile.index * params.n_blocks + list[i]] |= LIVE;
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;

@@ -229,23 +229,13 @@ __device__ __forceinline__ void keep(V*& pointer) {
 
 __device__ __forceinline__ void keep(unsigned& number) { asm volatile("" : "+r"(number)); }
 
-// a times b bytes behind the pointer: one instruction, which the compiler makes several of.
+// a times b bytes behind the pointer, in the order that is written: the compiler would make all of several such addresses
+// first.
 template <class V>
 __device__ __forceinline__ V* bytes_behind(V* pointer, unsigned a, unsigned b) {
   V* behind;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(behind) : "r"(a), "r"(b), "l"(pointer));
   return behind;
-}
-
-// The larger one; NaN if one is.
-__device__ __forceinline__ float max_or_nan(float a, float b) {
-#if __CUDA_ARCH__ >= 800
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-#else
-  return a <= b ? b : a == a ? a : not_a_number();
-#endif
 }
 
 // a b + c inside [0, 1]; NaN is 0. In one instruction, which the compiler does not make of a minimum and a maximum.

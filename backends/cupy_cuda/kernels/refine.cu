@@ -235,6 +235,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
   constexpr int RING = STAGES * BLOCK_N * D;
+  // So many blocks are taken at once, because the loops' own instructions are many.
+  constexpr int GROUP = WGMMA && D <= 64 && STAGES % 2 == 0 ? 2 : 1;
+  constexpr int SPAN = GROUP * N;
   static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
@@ -243,17 +246,21 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   T* k_tiles = q_tile + BEFORE_KEYS;
   float* scratch = reinterpret_cast<float*>(k_tiles + (WGMMA && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
-  const QueryTile tile = query_tile<BLOCK_M>(params);
+  int* kept = reinterpret_cast<int*>(scratch);
+  const QueryTile tile = query_tile<BLOCK_M>(params, keep_turn(tile_turn<1>(params), kept));
   if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
+  keep_place(MaskPlace{tile.first, tile.lengths}, kept);
+  // So that no register keeps it through the loops.
+  auto tile_again = [&]() { return query_tile<BLOCK_M>(params, kept_turn(kept)); };
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   int* list = params.list + tile.index * params.n_blocks;
   int count = params.counts[tile.index];
   const int n_whole = tile.everyone / BLOCK_N;
 
   Fragments<T, D, M> fragments;
-  auto load_queries = [&]() {
+  auto load_queries = [&](const QueryTile& tile) {
+    const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
     load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
                                       params.aligned_q);
     cp_async_commit();
@@ -265,43 +272,67 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       __syncthreads();
     }
   };
-  load_queries();
-  if (params.live) fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, 0);
-
+  load_queries(tile);
   // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
-  auto load_tau = [&]() {
+  auto load_tau = [&](const QueryTile& tile) {
 #pragma unroll
     for (int i = 0; i < R; i++) {
       const int row = tile.first + row_of<M>(i);
       tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
     }
   };
-  load_tau();
+  load_tau(tile);
 #pragma unroll
   for (int i = 0; i < R; i++) has_bad |= tau[i] != tau[i];
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
+  if (params.live)
+    fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, has_bad ? HAS_NAN : 0);
 
   const TileLoader<T, D, BLOCK_N, THREADS, (D > 64)> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
                                                                  params.head_dim, params.aligned_k);
-  auto place = [&](int i) { return list[i] * BLOCK_N; };
-  auto load = [&](int first, int stage) { keys_loader.load(stage, first); };
+  struct Firsts {
+    int keys[GROUP];
+  };
+  auto place = [&](int i) {
+    Firsts firsts;
+    const int* from = list + GROUP * i;
+#pragma unroll
+    for (int i_block = 0; i_block < GROUP; i_block++)
+      firsts.keys[i_block] = from[min(i_block, count - 1 - GROUP * i)] * BLOCK_N;
+    return firsts;
+  };
+  auto load = [&](const Firsts& firsts, int stage) {
+    keys_loader.template load_group<GROUP>(GROUP * stage, firsts.keys);
+  };
   auto ahead = ahead_of<true>(place, load);
   int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, n_whole);
-  // With the i-th of the listed blocks, from its key `first` on.
-  auto form_scores = [&](float(&s)[M][N][4], int i, int stage, int first) {
+  auto of_block = [](float(&s)[M][SPAN][4], int i_block) -> float(&)[M][N][4] {
+    return reinterpret_cast<float(&)[M][N][4]>(s[0][i_block * N]);
+  };
+  // Of the i-th group, from the key `first` of its blocks on. Behind the last block all is -inf.
+  auto form_scores = [&](float(&s)[M][SPAN][4], int i, int stage, int first) {
     if constexpr (WGMMA) {
-      begin_scores(s, fragments, Operand<T, D>(k_tiles).from(stage * BLOCK_N));
+      begin_scores(s, fragments, Operand<T, D>(k_tiles).from(stage * GROUP * BLOCK_N));
       ahead.ask();
       finish<0>(s);
     } else {
       clear(s);
       scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
     }
-    if (i >= whole) mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
+#pragma unroll
+    for (int i_block = 0; i_block < GROUP; i_block++) {
+      const int listed = GROUP * i + i_block;
+      if (listed < whole) continue;
+      const MaskPlace place = kept_place(kept);
+      const int first_key = listed < count ? list[listed] * BLOCK_N + first : place.lengths.k;
+      mask_scores<M, N>(of_block(s, i_block), place.first, first_key, place.lengths, params.is_causal);
+    }
   };
+  auto groups_of = [](int n) { return (n + GROUP - 1) / GROUP; };
   auto store_results = [&](const float(&end)[R]) {
+    const QueryTile tile = tile_again();
 #pragma unroll
     for (int i = 0; i < R; i++) {
       const int row = tile.first + row_of<M>(i);
@@ -318,7 +349,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     static_assert(::ENTRIES * 6 <= (BEFORE_KEYS + RING) * static_cast<int>(sizeof(T)));
     RowEntries<ROOM> entries(scratch + 32, reinterpret_cast<unsigned short*>(scratch + 32 + THREADS / 4 * ROOM));
     unsigned* has_many = reinterpret_cast<unsigned*>(scratch) + 16;  // for four iterations in turn
-    int n_steps = params.by_entries && !has_bad ? count : 0;
+    int n_steps = params.by_entries && !has_bad ? groups_of(count) : 0;
     float bound[R];  // of the scores; a little lower, for its rounding
 #pragma unroll
     for (int i = 0; i < R; i++) bound[i] = tau[i] / c * (tau[i] > 0 ? 1 - 1e-6f : 1 + 1e-6f);
@@ -327,24 +358,26 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     auto list_entries = [&](int i, int stage) {
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
-        float s[M][N][4];
+        float s[M][SPAN][4];
         form_scores(s, i, stage, first);
 #pragma unroll
-        for (int column = 0; column < N; column++) {
+        for (int column = 0; column < SPAN; column++) {
           const float(&x)[4] = s[0][column];
           if (any_sync(fmaxf(x[0], x[1]) > bound[0] || fmaxf(x[2], x[3]) > bound[1]))
-            entries.add(x, bound, i, (first + column_of(column, 0)) / 2);
+            entries.add(x, bound, GROUP * i + column / N, (first + column_of(column % N, 0)) / 2);
         }
       }
       bool is_much = entries.is_full();
       // If it goes on like this, the warp's lists will be full.
-      if (i % 8 == 7) is_much |= warp_sum(static_cast<float>(entries.count())) * count > 32 * ROOM * (i + 1);
+      if (const int n = GROUP * (i + 1); n % 8 == 0)
+        is_much |= warp_sum(static_cast<float>(entries.count())) * count > 32 * ROOM * n;
       if (is_much) atomic_or(has_many + i % 4, 1u);
       if (has_many[(i + 3) % 4]) n_steps = 0;
     };
-    pipeline<STAGES, WGMMA>(n_steps, ahead, list_entries);
+    pipeline<STAGES / GROUP, WGMMA>(n_steps, ahead, list_entries);
     // Again, so that no register kept it.
-    load_tau();
+    const QueryTile tile = tile_again();
+    load_tau(tile);
     const bool has_all = has_many[0] + has_many[1] + has_many[2] + has_many[3] == 0;
     if (n_steps > 0 && has_all) {
       float end[R] = {tau[0], tau[1]};
@@ -369,7 +402,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       store_results(end);
       return;
     }
-    if (WGMMA && !has_all) load_queries();  // again, too
+    if (WGMMA && !has_all) load_queries(tile);  // again, too
   }
 
   const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;
@@ -387,20 +420,24 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   for (int step = 0; step < MAX_STEPS && largest > tolerance; step++) {
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    auto take_block = [&](int i, int stage) {
-      bool has_support = false;
+    auto take_blocks = [&](int i, int stage) {
+      bool has_support[GROUP] = {};
 #pragma unroll 1
       for (int first = 0; first < BLOCK_N; first += KEYS) {
-        float s[M][N][4];
+        float s[M][SPAN][4];
         form_scores(s, i, stage, first);
-        has_support |= add_weights<ALPHA>(f, g, s, tau, c, r);
+#pragma unroll
+        for (int i_block = 0; i_block < GROUP; i_block++)
+          has_support[i_block] |= add_weights<ALPHA>(f, g, of_block(s, i_block), tau, c, r);
       }
-      marks.add(i, has_support, write_word);
+#pragma unroll
+      for (int i_block = 0; i_block < GROUP; i_block++)
+        marks.add(GROUP * i + i_block, has_support[i_block], write_word);
     };
-    pipeline<STAGES, WGMMA>(count, ahead, take_block);
+    pipeline<STAGES / GROUP, WGMMA>(groups_of(count), ahead, take_blocks);
     quad_sums(f, g);
     if (step == 0 && !has_bad) {
-      marks.finish(count, write_word);
+      marks.finish(groups_of(count) * GROUP, write_word);
       __syncthreads();
       count = shorten<WARPS>(list, count, reinterpret_cast<int*>(scratch), [&](int i) { return bit_of(words, i); });
       __syncthreads();

@@ -175,7 +175,6 @@ template <class V>
 inline V* bytes_behind(V* pointer, unsigned a, unsigned b) {
     return (V*)(uintptr_t(pointer) + uint64_t(a) * b);
 }
-inline float max_or_nan(float a, float b) { return a != a || b != b ? not_a_number() : std::max(a, b); }
 
 template <class V>
 inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
