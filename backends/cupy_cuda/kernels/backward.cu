@@ -213,20 +213,27 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
 
 template <class T, int BLOCK_N, int M, int N>
 __device__ __forceinline__ void store_keys(void* to, const float (&values)[M][N][4], float factor, int width,
-                                           const Params& params, Turn turn, int lost) {
+                                           const Params& params, Turn turn) {
 #pragma unroll
   for (int i = 0; i < 2 * M; i++) {
     const int key = turn.i * BLOCK_N + row_of<M>(i);
     if (key >= params.seqlen_k) continue;
     const long long row = static_cast<long long>(turn.i_bh) * params.seqlen_k + key;
-    const float nan = row_of<M>(i) < lost ? not_a_number() : 0.0f;
     T* start = static_cast<T*>(to) + row * width;
 #pragma unroll
     for (int n = 0; n < N; n++) {
       const float* sums = values[i / 2][n] + i % 2 * 2;
-      store_pair(start, column_of(n, 0), width, sums[0] * factor + nan, sums[1] * factor + nan);
+      store_pair(start, column_of(n, 0), width, sums[0] * factor, sums[1] * factor);
     }
   }
+}
+
+// NaN for the first keys of the block.
+template <int M, int N>
+__device__ __forceinline__ void lose_keys(float (&values)[M][N][4], int lost) {
+  for_numbers<M, N>([&](int row, int m, int n, int e) {
+    if (row_of<M>(row) < lost) values[m][n][e] = not_a_number();
+  });
 }
 
 // Where `scratch` has for dkv what stays there as the turn does.
@@ -408,11 +415,13 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           pipeline<STAGES, WGMMA>(n, ahead, take_part);
         });
   }
+  if (const int lost = scratch[KEPT_LOST]; lost > 0) {
+    lose_keys(dk, lost);
+    lose_keys(dv, lost);
+  }
   const Turn turn = kept_turn(scratch);
-  const int lost = scratch[KEPT_LOST];
-  if constexpr (DK)
-    store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn, lost);
-  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params, turn, lost);
+  if constexpr (DK) store_keys<T, BLOCK_N>(params.dk, dk, params.scale * params.sign, params.head_dim, params, turn);
+  if constexpr (DV) store_keys<T, BLOCK_N>(params.dv, dv, 1.0f, params.head_dim_v, params, turn);
 }
 
 // dk and dv of one block of keys.
