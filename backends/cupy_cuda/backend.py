@@ -272,9 +272,10 @@ class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
     The stages are those of the Triton backend. Extra memory beyond the results: a byte and a list entry per tile of
-    queries and block of keys; where tiles may be taken by their entries, 256 bytes for each query and head, at most,
-    that backward needs, and as much again during it; with few queries over many keys 32 KiB, at most, for each query
-    and head. No call waits for the device once its kernels are compiled.
+    queries and block of keys; in bfloat16 four bytes for each query and head; where tiles may be taken by their
+    entries, 256 bytes for each query and head, at most, that backward needs, and as much again during it; with few
+    queries over many keys 32 KiB, at most, for each query and head. No call waits for the device once its kernels are
+    compiled.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
@@ -388,7 +389,7 @@ class CupyBackend:
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
         counts = call.empty(call.programs, dtype=torch.int32)
-        slopes = torch.empty_like(tau)
+        slopes = torch.empty_like(tau) if call.q.dtype == torch.bfloat16 else None
         record = _record(
             PARAMS,
             arguments
