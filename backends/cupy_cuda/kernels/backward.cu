@@ -199,7 +199,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   for (int i = 0; i < R; i++) {
     const int row = end.first + row_of<M>(i);
     const float nan = nan_of(tau[i]);
-    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[end.row + row] = nan != nan ? 0.0f : delta[i];
+    // NaN would reach all keys of a block; dkv finds those that a row without a tau sees.
+    if (lane_of() % 4 == 0 && row < params.seqlen_q) params.delta[end.row + row] = tau[i] != tau[i] ? 0.0f : delta[i];
     if (row >= params.seqlen_q) continue;
     T* to = static_cast<T*>(params.dq) + (end.row + row) * params.head_dim;
     const float factor = params.scale * params.sign;

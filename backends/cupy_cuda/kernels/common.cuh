@@ -367,9 +367,9 @@ class TileLoader {
   long long stride;
   int width;
   bool is_aligned;
-  const T* from;  // this thread's first chunk, of the rows from 0 on
-  T* to;          // and of the first tile
-  unsigned n_whole;
+  const T* from;     // this thread's first chunk, of the rows from 0 on
+  T* to;             // and of the first tile
+  unsigned n_whole;  // tiles that begin less than so many rows behind `low` are whole
 
  public:
   static constexpr int WIDTH = D;
@@ -401,7 +401,7 @@ class TileLoader {
   __device__ __forceinline__ void load_group(int i_tile, const int (&firsts)[GROUP]) const {
     bool are_whole = HAS_WHOLE;
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) are_whole &= static_cast<unsigned>(firsts[i] - low) < n_whole;
+    for (int i = 0; i < GROUP; i++) are_whole &= is_whole(firsts[i]);
 #pragma unroll
     for (int i = 0; i < GROUP && are_whole; i++) load_whole(i_tile + i, firsts[i]);
 #pragma unroll
@@ -411,6 +411,8 @@ class TileLoader {
  private:
   template <class A, class B>
   friend class TilePair;
+
+  __device__ __forceinline__ bool is_whole(int first) const { return static_cast<unsigned>(first - low) < n_whole; }
 
   __device__ __forceinline__ void load_whole(int i_tile, int first) const {
     const unsigned step = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(T));
@@ -446,7 +448,7 @@ class TilePair {
   }
 
   __device__ __forceinline__ void load(int i_tile, int first) const {
-    if (HAS_WHOLE && static_cast<unsigned>(first - a.low) < a.n_whole) {
+    if (HAS_WHOLE && a.is_whole(first)) {
       a.load_whole(i_tile, first);
       b.load_whole(i_tile, first);
     } else {
@@ -491,6 +493,12 @@ __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) value += shfl_xor(value, mask);
   return value;
+}
+
+__device__ __forceinline__ unsigned warp_or(unsigned bits) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) bits |= shfl_xor(bits, mask);
+  return bits;
 }
 
 // Of each row.
@@ -636,9 +644,7 @@ class Marks {
 
   template <class Write>
   __device__ __forceinline__ void write_word(int i_word, Write&& write) {
-#pragma unroll
-    for (int mask = 16; mask > 0; mask /= 2) bits |= shfl_xor(bits, mask);
-    write(i_word, bits);
+    write(i_word, warp_or(bits));
     bits = 0;
   }
 

@@ -369,8 +369,7 @@ __device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& b
 #pragma unroll 8
   for (int i = threadIdx.x; i < block.group * params.n_tiles; i += 32 * WARPS)
     bits |= live[static_cast<long long>(i) * params.n_blocks];
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) bits |= shfl_xor(bits, mask);
+  bits = static_cast<int>(warp_or(bits));
   if (lane_of() == 0) scratch[warp_of()] = bits & (LIVE | HAS_ENTRIES | HAS_NAN);
   __syncthreads();
   bits = 0;

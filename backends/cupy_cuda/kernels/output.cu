@@ -10,6 +10,17 @@ __device__ __forceinline__ void weigh_one(float s, float c, float r, float tau, 
   if constexpr (WITH_W) g += w;
 }
 
+// A block's sums to those of all; whether there is support in it.
+__device__ __forceinline__ bool add_sums(float (&f)[2], float (&g)[2], const float (&added_f)[2],
+                                         const float (&added_g)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; row++) {
+    f[row] += added_f[row];
+    g[row] += added_g[row];
+  }
+  return added_f[0] + added_f[1] > 0;
+}
+
 // p, in place of this thread's scores, and w of rows with these tau, which are added to f and g; whether there is support
 // among them.
 template <int ALPHA, bool WITH_W, int N>
@@ -21,12 +32,7 @@ __device__ __forceinline__ bool weigh(float (&p)[1][N][4], float (&w)[1][N][4], 
 #pragma unroll
     for (int e = 0; e < 4; e++)
       weigh_one<ALPHA, WITH_W>(p[0][n][e], c, r, tau[e / 2], p[0][n][e], w[0][n][e], added_f[e / 2], added_g[e / 2]);
-#pragma unroll
-  for (int row = 0; row < 2; row++) {
-    f[row] += added_f[row];
-    g[row] += added_g[row];
-  }
-  return added_f[0] + added_f[1] > 0;
+  return add_sums(f, g, added_f, added_g);
 }
 
 // The same with p and w as left operands, 16 keys after the other so that few numbers are in registers at once.
@@ -47,12 +53,7 @@ __device__ __forceinline__ bool pack_weights(Packed<T, N>& packed_p, Packed<T, N
     pack_fragments<T>(packed_p.r[step], p, 0);
     pack_fragments<T>(packed_w.r[step], w, 0);
   }
-#pragma unroll
-  for (int row = 0; row < 2; row++) {
-    f[row] += added_f[row];
-    g[row] += added_g[row];
-  }
-  return added_f[0] + added_f[1] > 0;
+  return add_sums(f, g, added_f, added_g);
 }
 
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
