@@ -57,7 +57,10 @@ def kernel_name(signature: str) -> str:
 
 
 def profiled(call: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of each kernel in one call, in the order in which they first run."""
+    """Microseconds of each kernel in one call, in the order in which they first run.
+
+    What begins while another still runs is counted from when all before it have ended.
+    """
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
@@ -65,10 +68,14 @@ def profiled(call: Callable[[], object]) -> dict[str, float]:
         for _ in range(ROUNDS):
             call()
         torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
+    kernels = sorted((one for one in found.events() if one.device_type == cuda), key=lambda one: one.time_range.start)
     total: dict[str, float] = collections.defaultdict(float)
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:  # type: ignore[attr-defined]
-            total[kernel_name(event.name)] += event.device_time
+    ended = 0.0
+    for kernel in kernels:
+        begin, end = kernel.time_range.start, kernel.time_range.end
+        total[kernel_name(kernel.name)] += max(end - max(begin, ended), 0)
+        ended = max(ended, end)
     return {name: time / ROUNDS for name, time in total.items()}
 
 
