@@ -201,7 +201,7 @@ def test_products_of_warpgroups_go_wrong(launchers: Launchers) -> None:
 
 def test_collectives(launcher: EmulatedLauncher) -> None:
     x = torch.arange(64, dtype=torch.int32) * 7 % 50
-    out = torch.empty(4, 64, dtype=torch.int32)
+    out = torch.empty(5, 64, dtype=torch.int32)
     launcher.launch(SOURCE, "collectives", 1, 64, 0, [x, out])
     lanes = torch.arange(64)
     votes = [int(sum((int(value) & 1) << i for i, value in enumerate(warp))) for warp in x.view(2, 32)]
@@ -210,6 +210,9 @@ def test_collectives(launcher: EmulatedLauncher) -> None:
     assert (out[1].view(2, 32) == out[1].view(2, 32)[:, :1]).all()
     assert torch.equal(out[2].view(2, 32), (x.view(2, 32) == 40).any(1, keepdim=True).expand(2, 32).int())
     assert out[3].tolist() == [int(value).bit_count() for value in x]
+    for warp, matches in zip((x % 3).view(2, 32).tolist(), out[4].view(2, 32).tolist(), strict=True):
+        same = [sum((other == value) << i for i, other in enumerate(warp)) for value in warp]
+        assert [match & 0xFFFFFFFF for match in matches] == same
 
 
 def test_block_sums(launcher: EmulatedLauncher) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import re
 import shutil
+import struct
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,7 @@ class Launched(NamedTuple):
     block: tuple[int, ...]
     shared_bytes: int
     args: Any
+    follows: bool
 
 
 class Recorder:
@@ -83,8 +85,9 @@ class Recorder:
         block: Sequence[int],
         shared_bytes: int,
         args: launcher.Record,
+        follows: bool,
     ) -> None:
-        self.launches.append(Launched(source, kernel, tuple(grid), tuple(block), shared_bytes, args))
+        self.launches.append(Launched(source, kernel, tuple(grid), tuple(block), shared_bytes, args, follows))
 
 
 def everything(whole: CupyBackend, request: AttentionRequest) -> None:
@@ -278,12 +281,12 @@ def test_configurations_fit_the_devices() -> None:
 def test_records_have_the_layout_of_the_kernels() -> None:
     """The fields in order, and their widths."""
     widths = {"long long": "i8", "float": "f4", "int": "i4"}
-    for file, struct, structure in (
+    for file, kind_of, structure in (
         ("common.cuh", "Params", backend.PARAMS),
         ("rows.cu", "RowParams", backend.ROW_PARAMS),
     ):
         text = re.sub(r"//.*", "", (launcher.KERNELS / file).read_text(encoding="utf-8"))
-        body = re.search(rf"struct {struct} {{(.*?)}};", text, re.DOTALL)
+        body = re.search(rf"struct {kind_of} {{(.*?)}};", text, re.DOTALL)
         assert body is not None
         fields = []
         for declaration in filter(None, (part.strip() for part in body[1].split(";"))):
@@ -344,6 +347,7 @@ def test_launches_of_a_call() -> None:
         assert launch.args["tau"] == result.tau.data_ptr()
         assert launch.args["live"] == result.saved[0].data_ptr()
         assert launch.args["alpha_heads"] == launch.args["seqlens_q"] == 0
+    assert [launch.follows for launch in recorder.launches] == [False, True, True, True, False, True, True, True]
     assert refine.args["out"] == output.args["out"] == result.out.data_ptr()
     assert refine.args["entries"] == dq_entries.args["entries"] == result.saved[1].data_ptr()
     assert dq.args["dq"] == grads.dq.data_ptr()
@@ -381,8 +385,38 @@ def test_launches_of_few_queries(capability: tuple[int, int], heads: int, n_prog
         assert launch.args["split"] * few.scan.columns * n_splits >= 25_000
         assert launch.args["split"] % launch.args["slot"] == 0
         assert launch.args["n_slots"] <= backend.SLOTS
+    assert [launch.follows for launch in recorder.launches] == [False, True, True, True, True, True]
     assert all(launch.args["flags"] == scan.args["flags"] != 0 for launch in recorder.launches)
     assert all(launch.args["maxima"] == 0 for launch in others)
+
+
+@pytest.mark.parametrize("can_follow", [True, False])
+def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch, can_follow: bool) -> None:
+    told, statuses = [], [0, launcher._INVALID_CONTEXT, 0]
+
+    def launch_kernel(config: Any, function: int, arguments: Any, extra: None) -> int:
+        told.append((type(config._obj).from_buffer_copy(config._obj), function, arguments[0]))
+        return statuses.pop(0)
+
+    made_current: list[None] = []
+    stream = types.SimpleNamespace(device_index=1, cuda_stream=1 << 40)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(launcher, "_driver", lambda: types.SimpleNamespace(cuLaunchKernelEx=launch_kernel))
+    monkeypatch.setattr(launcher, "_load", lambda *_: types.SimpleNamespace(ptr=1 << 41))
+    monkeypatch.setattr(launcher, "_can_follow", lambda index: can_follow and index == 1)
+    monkeypatch.setattr(launcher, "_make_context_current", lambda: made_current.append(None))
+    record = np.zeros((), backend.PARAMS.dtype)
+    for follows in (False, True):
+        launcher.CupyLauncher().launch("scan.cu", "kernel", (3, 1, 1), (64, 1, 1), 4096, record, follows)
+    assert len(made_current) == 1  # before the third
+    for config, function, argument in told:
+        # As in CUDA's header, on every system: seven numbers, the stream, the attributes and how many they are.
+        assert struct.unpack("@7IPPIxxxx", config)[:8] == (3, 1, 1, 64, 1, 1, 4096, 1 << 40)
+        assert (function, argument) == (1 << 41, record.ctypes.data)
+    assert [config.n_attributes for config, *_ in told] == [0, can_follow, can_follow]
+    attribute = told[1][0].attributes[0]
+    assert struct.unpack_from("@IxxxxI", attribute) == (6, 1)
+    assert len(bytes(attribute)) == 72
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "saves"), [(17, 4000, False), (16, 2047, False), (1, 4000, True)])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import adasplash2
-from adasplash2.testing import make_inputs
+from adasplash2.contract import AttentionRequest
+from adasplash2.testing import make_inputs, run_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +55,30 @@ def test_another_stream(target):
         out = adasplash2.attention(q, inputs.k, inputs.v, is_causal=True, backend=target.name)
     stream.synchronize()
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "seqlen_q", "seqlen_k"),
+    [("topics", 300, 300), ("topics", 4096, 4096), ("iid", 3000, 3000), ("narrow", 2000, 2000), ("iid", 2, 5000)],
+)
+def test_kernels_that_begin_early_change_no_bit(target, monkeypatch, kind, seqlen_q, seqlen_k):
+    """Where a device can do that, CuPy's begin while those before still run, and wait for what they need themselves."""
+    if target.name != "cupy":
+        pytest.skip("only one backend's launcher can do either")
+    from adasplash2.backends.cupy_cuda import CupyBackend
+    from adasplash2.backends.cupy_cuda.launcher import CupyLauncher
+
+    # Kernels that fill what is allocated would lie between ours.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    sizes = {"heads_q": 8, "seqlen_q": seqlen_q, "seqlen_k": seqlen_k, "head_dim": 64}
+    q, k, v, dout = make_inputs(kind, dtype=torch.bfloat16, device="cuda", **sizes)
+    request = AttentionRequest(q, k, v, scale=0.125, is_causal=True)
+    is_decoding = seqlen_q < seqlen_k
+    expected = run_attention(CupyBackend(launcher=CupyLauncher(overlaps=False)), request, None if is_decoding else dout)
+    for _ in range(20):
+        found = run_attention(target.backend, request, None if is_decoding else dout)
+        for quantity, values in expected.items():
+            assert torch.equal(found[quantity], values), quantity
 
 
 def test_a_device_that_is_not_the_current_one(target):

@@ -132,6 +132,7 @@ class Launcher(Protocol):
         block: tuple[int, int, int],
         shared_bytes: int,
         args: Record,
+        follows: bool,
     ) -> None:
         """Put a kernel on torch's current stream.
 
@@ -142,6 +143,8 @@ class Launcher(Protocol):
             block: threads along x, y and z.
             shared_bytes: dynamic shared memory of a program.
             args: the kernel's one argument, of ``PARAMS`` or ``ROW_PARAMS``.
+            follows: whether it comes behind another kernel of the same call, and waits itself for what that one
+                leaves behind: then it may begin before (``wait_for_kernel_before`` in ptx.cuh).
         """
 
 
@@ -351,16 +354,23 @@ class CupyBackend:
             saved.append(request.q.new_empty(shape, dtype=torch.int32))
         return saved
 
-    def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: Record) -> None:
+    def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: Record, follows: bool) -> None:
         source = _SOURCES[kernel.partition("<")[0]]
-        self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record)
+        self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record, follows)
 
     def _launch_stage(
-        self, call: _Call, stage: str, name: str, programs: int, record: Record, *values: int | str
+        self,
+        call: _Call,
+        stage: str,
+        name: str,
+        programs: int,
+        record: Record,
+        *values: int | str,
+        follows: bool = True,
     ) -> None:
         """A kernel as the configuration has it; ``values`` are its template's first."""
         kernel, warps, shared_bytes = _kernel(*call.setting, stage, name, *values)
-        self._launch(kernel, programs, warps, shared_bytes, record)
+        self._launch(kernel, programs, warps, shared_bytes, record, follows)
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
         call = _Call(self, request)
@@ -397,7 +407,8 @@ class CupyBackend:
             | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "entries": entries}
             | {"slopes": slopes},
         )
-        self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record)
+        follows = flags is not None
+        self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record, follows)
         programs, alpha = call.programs, call.alpha_class
         self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
         self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, alpha, config.entries)
@@ -444,6 +455,7 @@ class CupyBackend:
             scan.warps,
             decode_memory("scan", scan, config.block_m, row),
             record,
+            follows=False,
         )
         self._launch(
             _of(
@@ -455,6 +467,7 @@ class CupyBackend:
             output.warps,
             decode_memory("output", output, config.block_m, row),
             record,
+            follows=True,
         )
         return flags, maxima
 
@@ -489,7 +502,8 @@ class CupyBackend:
             per_head = dalpha is not None
             # Beyond 128 channels a thread has no registers for two sums.
             one_pass = is_dq_one_pass(request) and call.config.head <= 128
-            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, alpha, per_head, one_pass)
+            values = alpha, per_head, one_pass
+            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, *values, follows=False)
             if call.has_entries:
                 name = "entmax_attn_bwd_dq_entries"
                 self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, per_head)
@@ -519,7 +533,7 @@ class CupyBackend:
                     | {"map_m": block_m, "map_n": block_n, "map_rows": map_shape[2], "map_columns": map_shape[3]},
                 )
                 programs = call.programs * call.config.parts("dq")
-                self._launch_stage(call, "dq", "entmax_attn_support", programs, record)
+                self._launch_stage(call, "dq", "entmax_attn_support", programs, record, follows=False)
         return support_stats(request, tau, sizes, block_map, block_m, block_n)
 
     def entmax(self, request: EntmaxRequest) -> Tensor:
@@ -565,7 +579,7 @@ class CupyBackend:
             },
         )
         kernel = _of(name, _TYPES[like.dtype], _alpha_class(alpha, alphas))
-        self._launch(kernel, rows, ROW_WARPS, 128, record)
+        self._launch(kernel, rows, ROW_WARPS, 128, record, follows=False)
 
 
 @functools.cache

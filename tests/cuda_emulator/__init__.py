@@ -134,6 +134,7 @@ class EmulatedLauncher:
         block: int | Sequence[int],
         shared_bytes: int,
         args: Any,
+        follows: bool = False,
     ) -> None:
         """Runs a kernel to its end.
 
@@ -145,6 +146,7 @@ class EmulatedLauncher:
             shared_bytes: dynamic shared memory of a block, in bytes.
             args: a list of CPU tensors for pointers (None for a null one), NumPy scalars, and structured NumPy arrays
                 of no dimensions, whose uint64 fields are pointers. A kernel's only argument may come without the list.
+            follows: whether it might begin before the kernel before it has ended; here it does not.
 
         Raises:
             CompileError: what g++ says.

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   float* staging = reinterpret_cast<float*>(list + LIST_ENTRIES) + warp_of() * STAGING<M, N>;
 
   constexpr int PARTS = BLOCK_M / ROWS;
+  let_kernel_behind_begin();
   const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
   keep_place(MaskPlace{tile.first, tile.lengths}, scratch);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
@@ -115,6 +116,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   auto place = [&](int i) { return list[i] * BLOCK_N; };
   auto load = [&](int first, int stage) { loader.load(stage, first); };
   auto ahead = ahead_of(place, load);
+  constexpr bool KEPT = IS_HALF<T> && !WGMMA && D <= KEPT_HEAD && KEYS <= 16 && STAGES > 1;
+  const LeftRows<T, D, M, KEPT> left_q(q_tile, warp_of() * 16 * M), left_dout(dout_tile, warp_of() * 16 * M);
 #pragma unroll
   for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
     auto take_block = [&](int i, int stage) {
@@ -148,10 +151,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
           if constexpr (ONE_PASS) finish<0>(wk);
         } else {
           const T* keys = k_tiles + row * D;
-          clear(s);
-          clear(ds);
-          scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-          scores<T, D, M, N>(ds, dout_tile, warp_of() * 16 * M, v_tiles + row * D);
+          left_q.multiply(s, keys);
+          left_dout.multiply(ds, v_tiles + row * D);
           shift(s, i, first);
           if (pass == 0) {
             sum(ds, s);
@@ -413,6 +414,9 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           const MaskPlace place = kept_place(scratch);
           while (masked < n && keys_seen(first_of(masked), place.lengths, params.is_causal) < place.first + BLOCK_N)
             masked++;
+          // Only delta is of the kernel before.
+          wait_for_kernel_before();
+          let_kernel_behind_begin();
           pipeline<STAGES, WGMMA>(n, ahead, take_part);
         });
   }
@@ -446,7 +450,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   cp_async_commit();
   const int bits = live_bits<WARPS>(params, block, scratch);
   cp_async_wait<0>();
-  if (bits == HAS_ENTRIES) return;  // entmax_attn_bwd_dkv_entries does all
+  if (bits == HAS_ENTRIES) return wait_for_kernel_before();  // entmax_attn_bwd_dkv_entries does all
   // Rows without a tau take all that they see with them.
   const int lost = bits & HAS_NAN ? lost_keys<BLOCK_M, BLOCK_N, WARPS>(params, block, scratch) : 0;
   if (threadIdx.x == 0) scratch[KEPT_LOST] = lost;

@@ -154,6 +154,12 @@ __device__ __forceinline__ bool is_asked_for(const Params& params, int i_b, int 
   return !params.flags || params.flags[i_b * params.heads_kv + i_kv] != 0;
 }
 
+// At the end of each program of a kernel that does not wait for the one before otherwise: it ends after that all the same,
+// as its last program, which begins when no other needs its place, does.
+__device__ __forceinline__ void end_behind_kernel_before() {
+  if (blockIdx.x == gridDim.x - 1) wait_for_kernel_before();
+}
+
 // ---- what is seen
 
 struct Lengths {
@@ -307,11 +313,14 @@ __device__ __forceinline__ T& element(T* tile, int row, int column) {
   return tile[place_of<T, D>(row, column / PER_CHUNK<T>) + column % PER_CHUNK<T>];
 }
 
-// How many copies are asked for together; one that is not asynchronous holds four registers until it is done.
+// How many copies are asked for together, as one that is not asynchronous holds four registers until it is done; and the
+// heads up to which rows of half precision that are a left operand throughout a loop stay in registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int COPIES = 2;
+constexpr int KEPT_HEAD = 64;
 #else
 constexpr int COPIES = 8;
+constexpr int KEPT_HEAD = 128;
 #endif
 
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
   T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + ROWS * D;
 
+  let_kernel_behind_begin();
   const int i_split = blockIdx.x % params.n_splits, i_tile = blockIdx.x / params.n_splits % params.n_row_tiles;
   const int i_unit = blockIdx.x / params.n_splits / params.n_row_tiles;
   const int i_b = i_unit / params.heads_kv, i_kv = i_unit % params.heads_kv;
@@ -205,6 +206,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_decode_outpu
   float2* scratch2 = reinterpret_cast<float2*>(scratch);
   int* counts = reinterpret_cast<int*>(scratch);
 
+  wait_for_kernel_before();
+  let_kernel_behind_begin();
   const long long row = blockIdx.x;
   const int i_m = blockIdx.x % params.seqlen_q, i_bh = blockIdx.x / params.seqlen_q;
   const int i_b = i_bh / params.heads_q, i_h = i_bh % params.heads_q;

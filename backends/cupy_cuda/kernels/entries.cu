@@ -13,8 +13,10 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   unsigned* sorted_pairs = pairs + ENTRIES;
   unsigned short* sorted_codes = reinterpret_cast<unsigned short*>(sorted_pairs + ENTRIES);
 
+  // What dq writes is of other tiles.
+  let_kernel_behind_begin();
   const QueryTile tile = query_tile<BLOCK_M>(params);
-  if (!(params.live[tile.index * params.n_blocks] & ENTRY_TILE)) return;
+  if (!(params.live[tile.index * params.n_blocks] & ENTRY_TILE)) return end_behind_kernel_before();
   const float r = 1 / tile.exponent;
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
@@ -64,12 +66,18 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   }
   syncwarp();
 
-  for_entries<ROWS>(entries, start, [&](int at, int, int row, int n) {
+  // p and ds; and how many entries lie in each block.
+  for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
     const float row_delta = shfl(delta, 2 * row);
-    if (lane >= n) return;
-    float p, w;
-    powers<ALPHA>(dequantise(entries.us()[at]), r, p, w);
-    pairs[at] = pack2<T>(p, w * (__uint_as_float(pairs[at]) - row_delta));
+    const int block = lane < n ? key / BLOCK_N : -1;
+    const Rank rank = rank_of(block);
+    if (lane < n) {
+      float p, w;
+      powers<ALPHA>(dequantise(entries.us()[at]), r, p, w);
+      pairs[at] = pack2<T>(p, w * (__uint_as_float(pairs[at]) - row_delta));
+      if (rank.is_last) places[block] += rank.rank + 1;
+    }
+    syncwarp();
   });
   T* dq_rows = static_cast<T*>(params.dq) + (tile.row + first_query) * params.head_dim;
   // More channels at once would need as many registers.
@@ -84,10 +92,6 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
     store_sums<T, 64>(dq_rows + channel, dq, params.scale * params.sign, params.head_dim, width,
                       params.seqlen_q - first_query);
   }
-
-  for_runs<ROWS, BLOCK_N>(entries, start, [&](int, int, int, int block, Run run) {
-    if (block >= 0 && run.is_last) places[block] += run.rank + 1;
-  });
 
   __syncthreads();
   int count = 0;
@@ -109,19 +113,24 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   if (threadIdx.x == 0) sorted.offsets()[params.n_blocks] = static_cast<unsigned short>(count);
   __syncthreads();
 
-  for_runs<ROWS, BLOCK_N>(entries, start, [&](int at, int key, int row, int block, Run run) {
-    const int place = block >= 0 ? places[block] + run.rank : 0;
+  for_entries<ROWS>(entries, start, [&](int at, int key, int row, int n) {
+    const int block = lane < n ? key / BLOCK_N : -1;
+    const Rank rank = rank_of(block);
+    const int place = lane < n ? places[block] + rank.rank : 0;
     syncwarp();
-    if (block < 0) return;
-    if (run.is_last) places[block] = static_cast<unsigned short>(place + 1);
-    sorted_pairs[place] = pairs[at];
-    sorted_codes[place] = static_cast<unsigned short>((first_row + row) * BLOCK_N + key % BLOCK_N);
+    if (lane < n) {
+      if (rank.is_last) places[block] = static_cast<unsigned short>(place + 1);
+      sorted_pairs[place] = pairs[at];
+      sorted_codes[place] = static_cast<unsigned short>((first_row + row) * BLOCK_N + key % BLOCK_N);
+    }
+    syncwarp();
   });
   __syncthreads();
   for (int i = threadIdx.x; i < count; i += THREADS) {
     sorted.pairs()[i] = sorted_pairs[i];
     sorted.codes()[i] = sorted_codes[i];
   }
+  end_behind_kernel_before();
 }
 
 // An entry of the block: its query in the head and its key in the block as one number, and p and ds.
@@ -148,12 +157,11 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
   T* weights = reinterpret_cast<T*>(offsets + THREADS) + WARPS * TAKEN + warp_of() * WEIGHTS;
 
   const KeyBlock block = key_block<2>(params, scratch);
-  const int bits = live_bits<WARPS>(params, block, scratch);
-  if (!(bits & HAS_ENTRIES)) return;
   const bool is_dv = blockIdx.x % 2;
 
+  int bits = 0;  // of `live`, of the tiles that this thread looks at
+  bool has_entries = false;
   RowSums<D> sums = {};
-  clear_weights(weights);
 #pragma unroll 1
   for (int i_g = 0; i_g < block.group; i_g++) {
     const int i_h = block.i_kv * block.group + i_g;
@@ -169,9 +177,14 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
 #pragma unroll 1
     for (int first_tile = 0; first_tile < params.n_tiles; first_tile += THREADS) {
       const int i_m = first_tile + static_cast<int>(threadIdx.x);
+      const int of_tile =
+          i_m < params.n_tiles ? params.live[(head * params.n_tiles + i_m) * params.n_blocks + block.j] : 0;
+      bits |= of_tile;
+      if (!__syncthreads_or(of_tile & HAS_ENTRIES)) continue;
+      if (!has_entries) clear_weights(weights);
+      has_entries = true;
       int begin = 0, end = 0, n_entries = 0;
-      if (i_m < params.n_tiles &&
-          params.live[(head * params.n_tiles + i_m) * params.n_blocks + block.j] & HAS_ENTRIES) {
+      if (of_tile & HAS_ENTRIES) {
         const unsigned short* of_blocks = entries_of(i_m).offsets();
         begin = of_blocks[block.j];
         end = of_blocks[block.j + 1];
@@ -212,8 +225,11 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
     }
   }
 
+  if (!has_entries) return end_behind_kernel_before();
+  const bool is_live = __syncthreads_or(bits & LIVE);
   const int first_key = block.j * BLOCK_N + warp_of() * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
   const long long first_row = (static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv) * params.seqlen_k;
+  wait_for_kernel_before();
   store_sums<T, D>(static_cast<T*>(is_dv ? params.dv : params.dk) + (first_row + first_key) * width, sums,
-                   is_dv ? 1.0f : params.scale * params.sign, width, width, params.seqlen_k - first_key, bits & LIVE);
+                   is_dv ? 1.0f : params.scale * params.sign, width, width, params.seqlen_k - first_key, is_live);
 }

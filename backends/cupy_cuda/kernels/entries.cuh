@@ -138,7 +138,8 @@ constexpr int WEIGHTS = 16 * WEIGHTS_STRIDE;
 
 template <class T>
 __device__ __forceinline__ void clear_weights(T* weights) {
-  for (int i = lane_of(); i < WEIGHTS; i += 32) weights[i] = from_float<T>(0.0f);
+  static_assert(WEIGHTS % PER_CHUNK<T> == 0);
+  for (int i = lane_of(); i < WEIGHTS / PER_CHUNK<T>; i += 32) reinterpret_cast<uint4*>(weights)[i] = uint4{0, 0, 0, 0};
   syncwarp();
 }
 
@@ -287,16 +288,15 @@ __device__ __forceinline__ int reserve(int n, int& count, int* scratch) {
   return place;
 }
 
-// Where a lane stands among neighbours with the same number, and whether it is the last of them.
-struct Run {
+// Where a lane stands among those with the same number, and whether it is the last of them.
+struct Rank {
   int rank;
   bool is_last;
 };
 
-__device__ __forceinline__ Run run_of(int number) {
-  const int before = shfl(number, lane_of() - 1), next = shfl(number, lane_of() + 1);
-  const unsigned begins = ballot(lane_of() == 0 || before != number);
-  return Run{lane_of() - highest_bit(begins & (lanes_before() * 2 + 1)), lane_of() == 31 || next != number};
+__device__ __forceinline__ Rank rank_of(int number) {
+  const unsigned same = match_any(number);
+  return Rank{popcount(same & lanes_before()), same >> lane_of() == 1};
 }
 
 // ---- a warp's entries
@@ -317,23 +317,6 @@ __device__ __forceinline__ void for_entries(const EntryList& entries, int start,
     for (int step = ROWS / 2; step > 0; step /= 2)
       if (shfl(start, row + step) <= at) row += step;
     take(at, key, row, end - first);
-  }
-}
-
-// take(at, key, row, block, run) for up to 32 of one row at a time, in which blocks ascend; block -1 where there is no
-// entry.
-template <int ROWS, int BLOCK_N, class Take>
-__device__ __forceinline__ void for_runs(const EntryList& entries, int start, Take&& take) {
-#pragma unroll 1
-  for (int row = 0; row < ROWS; row++) {
-    const int last = shfl(start, row + 1);
-#pragma unroll 1
-    for (int first = shfl(start, row); first < last; first += 32) {
-      const int at = first + lane_of();
-      const int key = at < last ? entries.keys()[at] : 0, block = at < last ? key / BLOCK_N : -1;
-      take(at, key, row, block, run_of(block));
-      syncwarp();
-    }
   }
 }
 

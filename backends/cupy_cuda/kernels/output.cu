@@ -76,22 +76,29 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   float* scratch = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV);
   float* staging = scratch + 32 + warp_of() * STAGING<M, N>;
 
-  const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
-  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
+  constexpr int PARTS = BLOCK_M / ROWS;
+  int* kept = reinterpret_cast<int*>(scratch);
+  const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), kept));
+  keep_place(MaskPlace{tile.first, tile.lengths}, kept);
+  // So that no register keeps it through the loop.
+  auto tile_again = [&]() { return query_tile<BLOCK_M, PARTS>(params, kept_turn(kept)); };
+  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
   const int* list = params.list + tile.index * params.n_blocks;
-  const int count = params.counts[tile.index];
-  // Its output came from entries.
-  if (count < 0) return;
-  const int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, tile.everyone / BLOCK_N);
+  keep(list);
 
   load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
                                  params.aligned_q);
   cp_async_commit();
+  wait_for_kernel_before();
+  const int count = params.counts[tile.index];
   cp_async_wait<0>();
+  // Its output came from entries.
+  if (count < 0) return;
+  const int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, tile.everyone / BLOCK_N);
   __syncthreads();
   apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
@@ -106,17 +113,19 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   }
   has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
-  const TileLoader<T, D, BLOCK_N, THREADS, !CORRECTED> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
+  const TileLoader<T, D, BLOCK_N, THREADS> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
                                                                    params.head_dim, params.aligned_k);
   // The i-th of the listed blocks, from its key `first` on.
   auto mask = [&](float(&s)[M][N][4], int i, int first) {
-    if (i >= whole) mask_scores<M, N>(s, tile.first, list[i] * BLOCK_N + first, tile.lengths, params.is_causal);
+    if (i < whole) return;
+    const MaskPlace place = kept_place(kept);
+    mask_scores<M, N>(s, place.first, load_kept(list, i) * BLOCK_N + first, place.lengths, params.is_causal);
   };
   Marks marks;
   auto write_live = [&](int i_word, unsigned bits) {
     const int i = i_word * WORD + lane_of();
     if (params.live && i < count && (has_bad || bits >> lane_of() & 1))
-      params.live[tile.index * params.n_blocks + list[i]] |= LIVE;
+      params.live[tile_again().index * params.n_blocks + load_kept(list, i)] |= LIVE;
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
@@ -125,10 +134,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     clear(wv);
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    const TileLoader<T, DV, BLOCK_N, THREADS, !CORRECTED> values_loader(v_tiles, v + from, 0, tile.lengths.k,
+    const TileLoader<T, DV, BLOCK_N, THREADS> values_loader(v_tiles, v + from, 0, tile.lengths.k,
                                                                         params.stride_vn, width, params.aligned_v);
     const TilePair loader(keys_loader, values_loader);
-    auto place = [&](int i) { return list[i] * BLOCK_N; };
+    auto place = [&](int i) { return load_kept(list, i) * BLOCK_N; };
     auto load = [&](int first, int stage) { loader.load(stage, first); };
     auto ahead = ahead_of<true>(place, load);
     // out += p v, and wv += w v where it is needed.
@@ -185,13 +194,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         finish_sums();
       }
     } else {
+      const LeftRows<T, D, M, IS_HALF<T> && D <= KEPT_HEAD> left(q_tile, warp_of() * 16 * M);
       pipeline<STAGES>(count, ahead, [&](int i, int stage) {
         bool has_support = false;
 #pragma unroll 1
         for (int first = 0; first < BLOCK_N; first += KEYS) {
           float p[M][N][4], w[M][N][4];
-          clear(p);
-          scores<T, D, M, N>(p, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
+          left.multiply(p, k_tiles + (stage * BLOCK_N + first) * D);
           mask(p, i, first);
           has_support |= weigh<ALPHA, CORRECTED>(p, w, f, g, tau, c, r);
           const T* values = v_tiles + (stage * BLOCK_N + first) * DV;
@@ -206,6 +215,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     }
     marks.finish(count, write_live);
     quad_sums(f, g);
+    const QueryTile tile = tile_again();
 #pragma unroll
     for (int row = 0; row < R; row++) {
       const int at = tile.first + row_of<M>(row);

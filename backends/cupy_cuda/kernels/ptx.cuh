@@ -28,6 +28,22 @@ __device__ __forceinline__ unsigned smem_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// A kernel may be launched to begin while the one before it still runs (backend.py): until it has waited, it reads nothing
+// that this one wrote, and writes nothing that this one reads. Then all kernels before it are through, and what they wrote
+// is seen.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Programs of the kernel behind begin once all of this one have asked for it, or are through.
+__device__ __forceinline__ void let_kernel_behind_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes to shared memory; zeros where not valid, and then no access to global memory.
 __device__ __forceinline__ void cp_async_16(void* smem, const void* global, bool valid) {
 #if __CUDA_ARCH__ >= 800
@@ -245,6 +261,13 @@ __device__ __forceinline__ float saturated(float a, float b, float c) {
   return inside;
 }
 
+// The i-th number behind an address whose registers are kept, and so is known to no one as that of global memory.
+__device__ __forceinline__ int load_kept(const int* global, unsigned i) {
+  int value;
+  asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(bytes_behind(global, i, 4)) : "memory");
+  return value;
+}
+
 // To 1e-7 between 1/2 and 2, elsewhere to 22 bits: one instruction instead of the twenty of log2f.
 __device__ __forceinline__ float log2_approx(float x) {
   float y;
@@ -273,6 +296,9 @@ __device__ __forceinline__ V shfl(V value, int lane) {
 __device__ __forceinline__ unsigned ballot(bool predicate) { return __ballot_sync(WHOLE_WARP, predicate); }
 
 __device__ __forceinline__ bool any_sync(bool predicate) { return __any_sync(WHOLE_WARP, predicate); }
+
+// A bit for each lane with the same number.
+__device__ __forceinline__ unsigned match_any(int number) { return __match_any_sync(WHOLE_WARP, number); }
 
 __device__ __forceinline__ void syncwarp() { __syncwarp(); }
 

@@ -241,21 +241,20 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  // Queries that went to registers leave their place to the keys.
+  constexpr bool IN_REGISTERS = IS_HALF<T> && D <= KEPT_HEAD;
+  // With wgmma they leave their place to the keys.
   constexpr int BEFORE_KEYS = WGMMA ? 0 : BLOCK_M * D;
   T* k_tiles = q_tile + BEFORE_KEYS;
   float* scratch = reinterpret_cast<float*>(k_tiles + (WGMMA && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
   int* kept = reinterpret_cast<int*>(scratch);
   const QueryTile tile = query_tile<BLOCK_M>(params, keep_turn(tile_turn<1>(params), kept));
-  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
+  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   keep_place(MaskPlace{tile.first, tile.lengths}, kept);
   // So that no register keeps it through the loops.
   auto tile_again = [&]() { return query_tile<BLOCK_M>(params, kept_turn(kept)); };
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
-  int* list = params.list + tile.index * params.n_blocks;
-  int count = params.counts[tile.index];
   const int n_whole = tile.everyone / BLOCK_N;
 
   Fragments<T, D, M> fragments;
@@ -267,12 +266,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     cp_async_wait<0>();
     __syncthreads();
     apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-    if constexpr (WGMMA) {
-      load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
-      __syncthreads();
-    }
+    if constexpr (IN_REGISTERS) load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+    if constexpr (WGMMA) __syncthreads();
   };
   load_queries(tile);
+  wait_for_kernel_before();
+  let_kernel_behind_begin();
+  int* list = params.list + tile.index * params.n_blocks;
+  int count = params.counts[tile.index];
   // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
   bool has_bad = false;
@@ -318,8 +319,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       ahead.ask();
       finish<0>(s);
     } else {
+      const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
       clear(s);
-      scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, k_tiles + (stage * BLOCK_N + first) * D);
+      if constexpr (IN_REGISTERS) {
+        scores<T, D, M, N>(s, fragments, keys);
+      } else {
+        scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
+      }
     }
 #pragma unroll
     for (int i_block = 0; i_block < GROUP; i_block++) {
@@ -430,6 +436,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         for (int i_block = 0; i_block < GROUP; i_block++)
           has_support[i_block] |= add_weights<ALPHA>(f, g, of_block(s, i_block), tau, c, r);
       }
+      if (step > 0) return;
 #pragma unroll
       for (int i_block = 0; i_block < GROUP; i_block++)
         marks.add(GROUP * i + i_block, has_support[i_block], write_word);

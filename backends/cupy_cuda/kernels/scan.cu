@@ -26,6 +26,8 @@ template <class T>
 __global__ void __launch_bounds__(CHECK_THREADS, 8) entmax_attn_check_keys(const Params params) {
   constexpr int STEP = CHECK_THREADS / 8, ROWS = KEYS_PER_CHECK / STEP;
   extern __shared__ __align__(128) unsigned char smem[];
+  wait_for_kernel_before();
+  let_kernel_behind_begin();
   const int i_bh = blockIdx.x / params.n_checks, i_b = i_bh / params.heads_kv;
   if (!is_asked_for(params, i_b, i_bh % params.heads_kv)) return;
   const int len_k = lengths_of(params, i_b).k;
@@ -64,6 +66,17 @@ __global__ void __launch_bounds__(CHECK_THREADS, 8) entmax_attn_check_keys(const
           first < KEYS_PER_CHECK ? i_chunk * KEYS_PER_CHECK + static_cast<int>(first) : params.seqlen_k;
     }
   }
+}
+
+// Of the tile's head: the first key that is not finite, or seqlen_k.
+__device__ __forceinline__ int first_bad_key(const Params& params, const QueryTile& tile) {
+  const int* of_chunks =
+      params.first_bad + static_cast<long long>(tile.i_b * params.heads_kv + tile.i_kv) * params.n_chunks;
+  int first = params.seqlen_k;
+  for (int i = lane_of(); i < params.n_chunks; i += 32) first = min(first, of_chunks[i]);
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) first = min(first, shfl_xor(first, mask));
+  return first;
 }
 
 // How many maxima of groups of keys a thread keeps for each of its rows, and after how many keys the bound is raised.
@@ -157,8 +170,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   T* k_tiles = IN_REGISTERS ? q_tile : q_tile + BLOCK_M * D;
   float* scratch = reinterpret_cast<float*>(k_tiles + (IN_REGISTERS && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
+  let_kernel_behind_begin();
   const QueryTile tile = query_tile<BLOCK_M>(params);
-  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return;
+  if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
@@ -170,20 +184,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
                                     params.aligned_q);
   cp_async_commit();
   fill<THREADS>(words, static_cast<int>(words_per_tile), 0u);
-  const int* first_bad_of = params.first_bad + static_cast<long long>(tile.i_b * params.heads_kv + tile.i_kv) *
-                                                   params.n_chunks;
-  int first_bad = params.seqlen_k;
-  for (int i = 0; i < params.n_chunks; i += 32) {
-    if (i + lane_of() < params.n_chunks) first_bad = min(first_bad, first_bad_of[i + lane_of()]);
-  }
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) first_bad = min(first_bad, shfl_xor(first_bad, mask));
   cp_async_wait<0>();
   __syncthreads();
   apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
 
   float tau[R], kept[R][KEPT];
-  unsigned bad = 0;  // a bit for each of this thread's rows
+  unsigned bad = 0;  // a bit for each of this thread's rows, at first of those with a bad query
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = row_of<M>(i);
@@ -195,7 +201,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
         rest += x - x;
       }
     rest = quad_sum(rest);
-    if (seen > 0 && (seen > first_bad || rest != 0)) bad |= 1u << i;
+    if (seen > 0 && rest != 0) bad |= 1u << i;
     // Rows without keys take no part: nothing is above +inf.
     tau[i] = seen > 0 ? -infinity() : infinity();
 #pragma unroll
@@ -300,17 +306,22 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   pipeline<STAGES, WGMMA>(n_seen, ahead, take_keys);
   if constexpr (WGMMA) use_maxima(n_seen - 1);
 
+  // All keys were read meanwhile.
+  wait_for_kernel_before();
+  const int first_bad = first_bad_key(params, tile);
   int* bins = reinterpret_cast<int*>(smem);
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = row_of<M>(i);
+    const int seen = keys_seen(tile.first + row, tile.lengths, params.is_causal);
+    if (seen > first_bad) bad |= 1u << i;
     if constexpr (HISTOGRAM) {
       tau[i] = bound_by_histogram<ALPHA>(bins + row * BINS, kept[i], c, r);
     } else {
       tau[i] = fmaxf(tau[i], quad_max(kept[i][0]) * c - 1);
       for (int step = 0; step < INIT_STEPS; step++) tau[i] = raise_by_maxima<ALPHA>(tau[i], kept[i], c, r);
     }
-    if (keys_seen(tile.first + row, tile.lengths, params.is_causal) == 0) tau[i] = infinity();
+    if (seen == 0) tau[i] = infinity();
     if (bad >> i & 1) tau[i] = not_a_number();
     if (lane_of() % 4 == 0 && tile.first + row < params.seqlen_q) params.tau[tile.row + tile.first + row] = tau[i];
   }

@@ -116,6 +116,10 @@ inline void cp_async_16(void* smem, const void* global, bool valid, EMULATOR_SIT
 inline void cp_async_4(void* smem, const void* global, bool valid, EMULATOR_SITE) {
     emulator::copy_async(smem, global, 4, valid, site);
 }
+// Kernels run one after the other.
+inline void wait_for_kernel_before() {}
+inline void let_kernel_behind_begin() {}
+
 inline void cp_async_commit() { emulator::copy_async_commit(); }
 template <int N>
 inline void cp_async_wait() {
@@ -175,6 +179,7 @@ template <class V>
 inline V* bytes_behind(V* pointer, unsigned a, unsigned b) {
     return (V*)(uintptr_t(pointer) + uint64_t(a) * b);
 }
+inline int load_kept(const int* global, unsigned i) { return global[i]; }
 
 template <class V>
 inline V shfl_xor(V value, int mask, EMULATOR_SITE) {
@@ -186,6 +191,12 @@ inline V shfl(V value, int lane, EMULATOR_SITE) {
 }
 inline unsigned ballot(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "ballot", site); }
 inline bool any_sync(bool predicate, EMULATOR_SITE) { return emulator::voted(predicate, "any_sync", site) != 0; }
+inline unsigned match_any(int number, EMULATOR_SITE) {
+    unsigned same = 0;
+    for (int lane = 0; lane < 32; ++lane)
+        same |= unsigned(emulator::shuffled(number, lane, "match_any", site) == number) << lane;
+    return same;
+}
 inline void syncwarp(EMULATOR_SITE) { emulator::collective(emulator::syncwarp, "syncwarp", nullptr, site); }
 
 inline int popcount(unsigned bits) { return __builtin_popcount(bits); }

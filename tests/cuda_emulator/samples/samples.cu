@@ -166,6 +166,7 @@ __global__ void collectives(const int* x, int* out) {
   out[blockDim.x + i] = static_cast<int>(ballot(x[i] % 2 != 0));
   out[2 * blockDim.x + i] = any_sync(x[i] == 40);
   out[3 * blockDim.x + i] = popcount(static_cast<unsigned>(x[i]));
+  out[4 * blockDim.x + i] = static_cast<int>(match_any(x[i] % 3));
 }
 
 __global__ void block_sums(const float* x, float* out) {
