@@ -149,6 +149,8 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
     candidates = (_HALF if dtype.itemsize == 2 else _FLOAT)[head]
     if dtype.itemsize == 2 and (nearest, head) in _HALF_OF_ONE:
         candidates = [_HALF_OF_ONE[nearest, head]]
+    if dtype is torch.bfloat16 and (nearest, head) in _BFLOAT16_OUTPUT:
+        candidates = [replace(config, output=_BFLOAT16_OUTPUT[nearest, head]) for config in candidates]
     for config in candidates:
         if _fits(config, dtype, room):
             with_entries = replace(config, entries=True)
@@ -303,6 +305,8 @@ _HALF_OF_ONE = {
     ((12, 0), 256): _config((256, 64, 32, 32), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1)),
     ((12, 0), 128): _config((128, 64, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (4, 16, 1, 1), (4, 16, 2, 1)),
 }
+# Which has one sum where float16 has two, and so registers for more warps.
+_BFLOAT16_OUTPUT = {((9, 0), 64): Launch(8, 64, 4, 2, True)}
 _FLOAT = {
     64: [
         _config((64, 64, 64, 32), (4, 32, 2, 1), (4, 32, 2, 1), (4, 32, 1, 1), (2, 32, 1, 1)),

@@ -141,10 +141,19 @@ struct alignas(8) Taken {
 
 constexpr int TAKEN = 1024;  // at once
 
+// On a multiprocessor, which waits for memory most of the time: as many as no register is spilled for.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+template <int D>
+constexpr int DKV_PROGRAMS = D > 64 ? 3 : 4;
+#else
+template <int D>
+constexpr int DKV_PROGRAMS = D > 64 ? 3 : 5;
+#endif
+
 // What entry tiles add to dk, or every other program to dv, of one block of keys; where other tiles are live too, to the
 // results of dkv. A warp has 16 keys, and takes their entries in the order of the tiles.
 template <class T, int D, int BLOCK_M, int BLOCK_N, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dkv_entries(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, DKV_PROGRAMS<D>) entmax_attn_bwd_dkv_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int KEYS = BLOCK_N / WARPS;
   static_assert(KEYS == 16);
@@ -164,8 +173,8 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
   RowSums<D> sums = {};
 #pragma unroll 1
   for (int i_g = 0; i_g < block.group; i_g++) {
-    const int i_h = block.i_kv * block.group + i_g;
-    const long long head = static_cast<long long>(block.i_b) * params.heads_q + i_h;
+    const long long head = static_cast<long long>(kept_turn(scratch).i_bh) * block.group + i_g;
+    const int i_h = static_cast<int>(head - static_cast<long long>(block.i_b) * params.heads_q);
     const T* rows = is_dv ? head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh)
                           : head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
     const long long stride = is_dv ? params.stride_om : params.stride_qm;
@@ -227,8 +236,9 @@ __global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : 4) entmax_attn_bwd_dk
 
   if (!has_entries) return end_behind_kernel_before();
   const bool is_live = __syncthreads_or(bits & LIVE);
-  const int first_key = block.j * BLOCK_N + warp_of() * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
-  const long long first_row = (static_cast<long long>(block.i_b) * params.heads_kv + block.i_kv) * params.seqlen_k;
+  const Turn turn = kept_turn(scratch);
+  const int first_key = turn.i * BLOCK_N + warp_of() * KEYS, width = is_dv ? params.head_dim_v : params.head_dim;
+  const long long first_row = static_cast<long long>(turn.i_bh) * params.seqlen_k;
   wait_for_kernel_before();
   store_sums<T, D>(static_cast<T*>(is_dv ? params.dv : params.dk) + (first_row + first_key) * width, sums,
                    is_dv ? 1.0f : params.scale * params.sign, width, width, params.seqlen_k - first_key, is_live);

@@ -196,10 +196,11 @@ __device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const Operan
   wgmma_commit();
 }
 
-// First of the rows that the warpgroup multiplies, of a program of so many warps.
+// First of the rows that the warpgroup multiplies, of a program of so many warps. By a shuffle, as the compiler then knows
+// that it is the same for the warp, and forms operands in registers of the warp.
 template <int WARPS>
 __device__ __forceinline__ int warpgroup_row() {
-  return WARPS > 4 ? warp_of() / 4 * 64 : 0;
+  return WARPS > 4 ? shfl(warp_of() / 4 * 64, 0) : 0;
 }
 
 // acc is finished, and so is all but the LEFT youngest of what has begun.
