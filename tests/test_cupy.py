@@ -161,14 +161,19 @@ def test_where_it_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def device_has(*capability: int) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    def is_first(seqlen_q: int, seqlen_k: int, head_dim: int = 64, dtype: torch.dtype = BF16) -> bool:
-        q, k = (torch.empty(1, 1, n, head_dim, dtype=dtype, device="meta") for n in (seqlen_q, seqlen_k))
+    def is_first(
+        seqlen_q: int, seqlen_k: int, head_dim: int = 64, dtype: torch.dtype = BF16, batch: int = 4, heads: int = 4
+    ) -> bool:
+        q, k = (torch.empty(batch, heads, n, head_dim, dtype=dtype, device="meta") for n in (seqlen_q, seqlen_k))
         return leads(AttentionRequest(q, k, k, scale=1.0))
 
     device_has(9, 0)
-    assert is_first(16_384, 20_000)
-    assert is_first(30_000, 16_384, 128, HALF)
-    assert not is_first(16_383, 20_000)
+    assert is_first(8192, 20_000)
+    assert is_first(30_000, 8192, 128, HALF)
+    assert is_first(131_072, 131_072, batch=1, heads=1)
+    assert not is_first(8191, 20_000)
+    assert not is_first(20_000, 8191)
+    assert not is_first(8192, 20_000, heads=3)
     assert not is_first(1, 65_536)
     assert not is_first(20_000, 20_000, 129)
     assert not is_first(20_000, 20_000, dtype=FLOAT)
