@@ -111,12 +111,12 @@ __device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int fi
 
 // M_TILES times 16 rows of a tile as left operand of scores: with KEPT read once, and kept in registers.
 template <class T, int D, int M_TILES, bool KEPT>
-class LeftRows {
+struct LeftRows {
   const T* tile;
   int first_row;
   Fragments<T, KEPT ? D : 16, M_TILES> fragments;
 
- public:
+  __device__ __forceinline__ LeftRows() = default;
   __device__ __forceinline__ LeftRows(const T* tile, int first_row) : tile(tile), first_row(first_row) {
     if constexpr (KEPT) load_fragments<T, D, M_TILES>(fragments, tile, first_row);
   }

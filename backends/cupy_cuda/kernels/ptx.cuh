@@ -28,8 +28,8 @@ __device__ __forceinline__ unsigned smem_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// A kernel may be launched to begin while the one before it still runs (backend.py): until it has waited, it reads nothing
-// that this one wrote, and writes nothing that this one reads. Then all kernels before it are through, and what they wrote
+// A kernel may be launched to begin while the one before it still runs (backend.py). Until it has waited, it reads nothing
+// that the other one writes, and writes nothing that the other one reads; then the other one has ended, and what it wrote
 // is seen.
 __device__ __forceinline__ void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
@@ -261,7 +261,7 @@ __device__ __forceinline__ float saturated(float a, float b, float c) {
   return inside;
 }
 
-// The i-th number behind an address whose registers are kept, and so is known to no one as that of global memory.
+// The i-th number of global memory from a kept address on, of which the compiler no longer knows what memory it is of.
 __device__ __forceinline__ int load_kept(const int* global, unsigned i) {
   int value;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(bytes_behind(global, i, 4)) : "memory");

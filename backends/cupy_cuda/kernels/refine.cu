@@ -241,8 +241,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  constexpr bool IN_REGISTERS = IS_HALF<T> && D <= KEPT_HEAD;
-  // With wgmma they leave their place to the keys.
+  // With wgmma, queries are always in registers, and leave their place to the keys.
   constexpr int BEFORE_KEYS = WGMMA ? 0 : BLOCK_M * D;
   T* k_tiles = q_tile + BEFORE_KEYS;
   float* scratch = reinterpret_cast<float*>(k_tiles + (WGMMA && RING < BLOCK_M * D ? BLOCK_M * D : RING));
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const int n_whole = tile.everyone / BLOCK_N;
 
-  Fragments<T, D, M> fragments;
+  LeftRows<T, D, M, IS_HALF<T> && D <= KEPT_HEAD> queries;
   auto load_queries = [&](const QueryTile& tile) {
     const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
     load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
@@ -266,7 +265,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     cp_async_wait<0>();
     __syncthreads();
     apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
-    if constexpr (IN_REGISTERS) load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
+    queries = {q_tile, warp_of() * 16 * M};
     if constexpr (WGMMA) __syncthreads();
   };
   load_queries(tile);
@@ -315,17 +314,11 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   // Of the i-th group, from the key `first` of its blocks on. Behind the last block all is -inf.
   auto form_scores = [&](float(&s)[M][SPAN][4], int i, int stage, int first) {
     if constexpr (WGMMA) {
-      begin_scores(s, fragments, Operand<T, D>(k_tiles).from(stage * GROUP * BLOCK_N));
+      begin_scores(s, queries.fragments, Operand<T, D>(k_tiles).from(stage * GROUP * BLOCK_N));
       ahead.ask();
       finish<0>(s);
     } else {
-      const T* keys = k_tiles + (stage * BLOCK_N + first) * D;
-      clear(s);
-      if constexpr (IN_REGISTERS) {
-        scores<T, D, M, N>(s, fragments, keys);
-      } else {
-        scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-      }
+      queries.multiply(s, k_tiles + (stage * BLOCK_N + first) * D);
     }
 #pragma unroll
     for (int i_block = 0; i_block < GROUP; i_block++) {

@@ -207,11 +207,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
 #pragma unroll
     for (int j = 0; j < KEPT; j++) kept[i][j] = -infinity();
   }
-  Fragments<T, D, M> fragments;
-  if constexpr (IN_REGISTERS) {
-    load_fragments<T, D, M>(fragments, q_tile, warp_of() * 16 * M);
-    __syncthreads();
-  }
+  const LeftRows<T, D, M, IN_REGISTERS> queries(q_tile, warp_of() * 16 * M);
+  if constexpr (IN_REGISTERS) __syncthreads();
 
   // Steps of KEYS keys. Those that hold the diagonal, or the end of the keys, first: where attention is local, they give
   // the bound.
@@ -282,7 +279,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     if constexpr (WGMMA) {
       const Operand<T, D> keys = Operand<T, D>(k_tiles).from(stage * KEYS);
       if constexpr (IN_REGISTERS) {
-        begin_scores(s, fragments, keys);
+        begin_scores(s, queries.fragments, keys);
       } else {
         begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
       }
@@ -292,13 +289,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       finish<0>(s);
       take_maxima(s, i);
     } else {
-      const T* keys = k_tiles + stage * KEYS * D;
-      clear(s);
-      if constexpr (IN_REGISTERS) {
-        scores<T, D, M, N>(s, fragments, keys);
-      } else {
-        scores<T, D, M, N>(s, q_tile, warp_of() * 16 * M, keys);
-      }
+      queries.multiply(s, k_tiles + stage * KEYS * D);
       take_maxima(s, i);
       use_maxima(i);
     }
