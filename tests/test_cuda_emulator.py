@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ KERNELS = (
     *(f"{name}<{on}>" for name in ("reversed", "reversed_in_warp", "reversed_twice") for on in ("false", "true")),
     *("add_atomically", "add_plainly", "mark_plainly", "half_a_warp_votes", "halves_of_a_warp_part"),
     *("half_a_block_waits", "halves_of_a_block_wait_apart", "reads_unwritten", "stores_shared", "stores_global"),
-    *("stores_vector", "divides", "copies_from", "loads_matrices_at", "touches_a_copy"),
+    *("stores_vector", "divides", "copies_from", "loads_matrices_at", "touches_a_copy", "increments_alone"),
+    *(f"increments<{early}, {lets_first}>" for early in ("false", "true") for lets_first in ("false", "true")),
 )
 
 
@@ -291,6 +293,60 @@ def test_races_between_blocks(launchers: Launchers) -> None:
         KernelError, match=r"thread \(1, 0, 0\) of block \(0, 0, 0\) at " + line_of("add_plainly", "+=")
     ):
         launch(SOURCE, "add_plainly", 1, 2, 0, [total])
+
+
+class TestKernelsThatBeginEarly:
+    """What they may do before they wait for the kernel before, which they need not in the emulator itself."""
+
+    @pytest.fixture
+    def run(self, launchers: Launchers) -> Callable[..., None]:
+        tensors = {name: torch.zeros(32, dtype=torch.int32) for name in "abcd"}
+
+        def run(*kernels: str) -> None:
+            for i, text in enumerate(kernels):
+                kernel, names = text.split(": ")
+                arguments = [tensors[name] for name in names]
+                launchers(is_checked=True).launch(SOURCE, kernel, 1, 32, 0, arguments, follows=i > 0)
+
+        return run
+
+    @pytest.mark.parametrize(
+        "kernels",
+        [
+            ("increments_alone: ab", "increments<false, false>: bc", "increments<false, true>: cb"),
+            ("increments<false, false>: ab", "increments<true, true>: ac", "increments<false, false>: cb"),
+            # The second one has waited before the third begins, so that the first has ended.
+            ("increments_alone: ab", "increments<false, false>: ac", "increments<true, false>: bd"),
+        ],
+    )
+    def test_right(self, run: Callable[..., None], kernels: Sequence[str]) -> None:
+        run(*kernels)
+
+    @pytest.mark.parametrize(
+        ("kernels", "message"),
+        [
+            (
+                ("increments_alone: ab", "increments<true, false>: bc"),
+                "read before the kernel that wrote it is waited for",
+            ),
+            (
+                ("increments_alone: ab", "increments<true, false>: ca"),
+                "written before the kernel that read it is waited",
+            ),
+            (
+                ("increments_alone: ab", "increments<true, false>: cb"),
+                "written before the kernel that wrote it, too, is",
+            ),
+            (
+                ("increments_alone: ab", "increments<true, true>: ac", "increments<true, true>: bd"),
+                "read before the kernel that wrote it is waited for",
+            ),
+            (("increments_alone: ab", "increments_alone: cd"), "no thread waits for the kernel before"),
+        ],
+    )
+    def test_wrong(self, run: Callable[..., None], kernels: Sequence[str], message: str) -> None:
+        with pytest.raises(KernelError, match=message):
+            run(*kernels)
 
 
 def test_divergence(launcher: EmulatedLauncher) -> None:

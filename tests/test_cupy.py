@@ -746,6 +746,15 @@ def test_no_access_out_of_bounds_and_no_race() -> None:
 
 @emulated
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["topics", "wide"])
+def test_no_race_and_no_kernel_too_early(kind: str) -> None:
+    """By blocks and by entries; warps once read what others wrote where each marked the blocks that are live."""
+    request, dout = Case(300, 300, head_dim=64, head_dim_v=64, dtype=BF16, kind=kind, is_causal=True).build(CPU)
+    assert_attention(CupyBackend(launcher=emulator_of(0, is_checked=True), capability=HOPPER), request, dout)
+
+
+@emulated
+@pytest.mark.slow
 def test_support(emulator: EmulatedLauncher) -> None:
     request, _ = Case(150, 170, head_dim=40, group=2, is_causal=True, dtype=HALF).build(CPU)
     assert_support(CupyBackend(launcher=emulator, capability=(9, 0)).support(request, 32, 48), request, "cupy")

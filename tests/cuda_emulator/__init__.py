@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 _HERE = Path(__file__).parent
-_RUNTIME_SOURCES = ("runtime/runtime.cpp", "runtime/operations.cpp", "runtime/warpgroups.cpp", "runtime/checks.cpp")
+_RUNTIME_SOURCES = tuple(f"runtime/{name}.cpp" for name in ("runtime", "operations", "warpgroups", "checks", "chains"))
 # What runtime/checks.cpp has the functions for.
 _CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero")
 _ERROR_BYTES = 4096
@@ -67,6 +67,7 @@ class _Launch(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("is_shuffled", ctypes.c_int),
         ("is_checked", ctypes.c_int),
+        ("follows", ctypes.c_int),
         ("regions", ctypes.POINTER(_Region)),
         ("n_regions", ctypes.c_int),
         ("error", ctypes.c_char_p),
@@ -146,7 +147,9 @@ class EmulatedLauncher:
             shared_bytes: dynamic shared memory of a block, in bytes.
             args: a list of CPU tensors for pointers (None for a null one), NumPy scalars, and structured NumPy arrays
                 of no dimensions, whose uint64 fields are pointers. A kernel's only argument may come without the list.
-            follows: whether it might begin before the kernel before it has ended; here it does not.
+            follows: whether on a GPU it may begin before the kernel before it has ended, once that one lets it. Here it
+                does not; but with is_checked, what it does before it waits must be nothing to that one, and the other
+                way round.
 
         Raises:
             CompileError: what g++ says.
@@ -174,6 +177,7 @@ class EmulatedLauncher:
             self.seed or 0,
             self.seed is not None,
             self.is_checked,
+            follows,
             (_Region * len(regions))(*regions),
             len(regions),
             ctypes.cast(error, ctypes.c_char_p),

@@ -23,6 +23,9 @@ constexpr int WORD = 32;
 constexpr int BINS = 16;
 constexpr int INIT_STEPS = 4;
 
+// Added to `counts` by refine where a row of the tile has no tau.
+constexpr int BAD_TILE = 1 << 30;
+
 // As backend.py lays it out: eight bytes first, then four. Strides are in elements.
 struct Params {
   const void* q;

@@ -94,27 +94,26 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
                                  params.aligned_q);
   cp_async_commit();
   wait_for_kernel_before();
-  const int count = params.counts[tile.index];
+  const int counted = params.counts[tile.index];
   cp_async_wait<0>();
   // Its output came from entries.
-  if (count < 0) return;
+  if (counted < 0) return;
+  const int count = counted & ~BAD_TILE;
+  const bool has_bad = counted != count;
   const int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, tile.everyone / BLOCK_N);
   __syncthreads();
   apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
 
   // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
-  bool has_bad = false;
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = tile.first + row_of<M>(i);
     tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
-    has_bad |= tau[i] != tau[i];
   }
-  has_bad = block_max<WARPS>(has_bad ? 1.0f : 0.0f, scratch) > 0;
 
-  const TileLoader<T, D, BLOCK_N, THREADS> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
-                                                                   params.head_dim, params.aligned_k);
+  const TileLoader<T, D, BLOCK_N, THREADS> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn, params.head_dim,
+                                                       params.aligned_k);
   // The i-th of the listed blocks, from its key `first` on.
   auto mask = [&](float(&s)[M][N][4], int i, int first) {
     if (i < whole) return;
@@ -124,8 +123,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   Marks marks;
   auto write_live = [&](int i_word, unsigned bits) {
     const int i = i_word * WORD + lane_of();
+    // Each warp writes the same.
     if (params.live && i < count && (has_bad || bits >> lane_of() & 1))
-      params.live[tile_again().index * params.n_blocks + load_kept(list, i)] |= LIVE;
+      params.live[tile_again().index * params.n_blocks + load_kept(list, i)] = has_bad ? LIVE | HAS_NAN : LIVE;
   };
   for (int from = 0; from < (DV < D ? params.head_dim_v : 1); from += DV) {
     const int width = params.head_dim_v - from;
@@ -134,8 +134,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     clear(wv);
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    const TileLoader<T, DV, BLOCK_N, THREADS> values_loader(v_tiles, v + from, 0, tile.lengths.k,
-                                                                        params.stride_vn, width, params.aligned_v);
+    const TileLoader<T, DV, BLOCK_N, THREADS> values_loader(v_tiles, v + from, 0, tile.lengths.k, params.stride_vn,
+                                                            width, params.aligned_v);
     const TilePair loader(keys_loader, values_loader);
     auto place = [&](int i) { return load_kept(list, i) * BLOCK_N; };
     auto load = [&](int first, int stage) { loader.load(stage, first); };
@@ -215,6 +215,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     }
     marks.finish(count, write_live);
     quad_sums(f, g);
+    // The row's other threads have read tau.
+    syncwarp();
     const QueryTile tile = tile_again();
 #pragma unroll
     for (int row = 0; row < R; row++) {

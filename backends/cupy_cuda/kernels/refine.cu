@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       params.tau[tile.row + row] = end[i];
       if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = g[i];
     }
-    if (threadIdx.x == 0) params.counts[tile.index] = count;
+    if (threadIdx.x == 0) params.counts[tile.index] = has_bad ? count | BAD_TILE : count;
   };
   if constexpr (ENTRIES) {
     constexpr int ROOM = D > 64 ? 164 : 204;  // a multiple of 4, but not of 8: then quads read from different banks

@@ -65,6 +65,8 @@ void begin_step(const Step& step, Site site);
 void commit_steps();
 void wait_for_steps(int groups, Site site);
 void fence_proxy();
+void wait_for_kernel();
+void let_kernel_begin();
 uint64_t operand(const void* tile, int stride, int leading, Site site);
 
 void mma_half(void* const* lanes);
@@ -116,9 +118,8 @@ inline void cp_async_16(void* smem, const void* global, bool valid, EMULATOR_SIT
 inline void cp_async_4(void* smem, const void* global, bool valid, EMULATOR_SITE) {
     emulator::copy_async(smem, global, 4, valid, site);
 }
-// Kernels run one after the other.
-inline void wait_for_kernel_before() {}
-inline void let_kernel_behind_begin() {}
+inline void wait_for_kernel_before() { emulator::wait_for_kernel(); }
+inline void let_kernel_behind_begin() { emulator::let_kernel_begin(); }
 
 inline void cp_async_commit() { emulator::copy_async_commit(); }
 template <int N>

@@ -204,6 +204,8 @@ void check_access(const void* address, int64_t bytes, Access access, const void*
         if (std::string message = settle_suspects(); !message.empty()) abandon(message);
     if (is_stack(address)) return;
     if (Shadow* shadow = shadow_of(address, bytes)) {
+        if (!is_shared(address, bytes))
+            if (const char* wrong = touch_tensor(address, bytes, access)) fail(wrong, address, from);
         for (int64_t i = 0; i < bytes; ++i) touch(shadow[i], access, static_cast<const char*>(address) + i, from);
         return;
     }

@@ -272,6 +272,7 @@ void start_thread(int number) {
     fiber.steps.clear();
     fiber.step_groups = 0;
     fiber.fences.clear();
+    fiber.has_waited = false;
 }
 
 void run_block() {
@@ -285,12 +286,13 @@ void run_block() {
         uint32_t lanes = count == 32 ? ~0u : (1u << count) - 1;
         warps[w] = {lanes, lanes, 0, nullptr, {}};
     }
-    if (launch->is_checked) check_block();
+    if (launch->is_checked) check_block(), begin_block();
     switch_to(next_thread(0, 31));
     if (!has_failed && n_ended < n_threads) report_standstill();
     check_canaries();
     if (!launch->is_checked) return;
     if (std::string message = settle_suspects(); !message.empty()) report(message);
+    end_block();
 }
 
 void on_fault(int number, siginfo_t* info, void* context) {
@@ -541,8 +543,10 @@ extern "C" int emulator_launch(const emulator::Launch* launch) {
     place_shared();
     current = &scheduler;
     Faults faults;
-    if (launch->is_checked) check_launch();
+    if (launch->is_checked) check_launch(), begin_kernel();
     run_grid();
+    if (launch->is_checked && !has_failed)
+        if (std::string message = end_kernel(); !message.empty()) report(message);
     if (launch->is_checked) end_launch_checks();
     emulator::launch = nullptr;
     return has_failed;

@@ -29,7 +29,7 @@ struct Launch {
     int64_t shared_bytes;
     void* const* arguments;
     uint64_t seed;
-    int is_shuffled, is_checked;
+    int is_shuffled, is_checked, follows;
     const Region* regions;  // of the tensors
     int n_regions;
     char* error;
@@ -72,6 +72,7 @@ struct Fiber : Thread {
     int step_groups;
     // The thread's clock at each fence of the proxies.
     std::vector<uint32_t> fences;
+    bool has_waited;  // for the kernel before
 };
 
 extern const Launch* launch;
@@ -109,5 +110,14 @@ void end_copy(const Copy& copy);
 // A product reads by another proxy than the threads write.
 enum class Access { read, write, atomic, product };
 void check_access(const void* address, int64_t bytes, Access access, const void* from);
+
+// chains.cpp: what kernels that may run together do to the tensors.
+void begin_kernel();
+void begin_block();
+void end_block();
+// What is wrong with the kernel as a whole, or nothing.
+std::string end_kernel();
+// What is wrong with an access, or null.
+const char* touch_tensor(const void* address, int64_t bytes, Access access);
 
 }  // namespace emulator

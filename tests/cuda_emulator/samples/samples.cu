@@ -249,6 +249,18 @@ __global__ void half_a_block_waits() {
   if (threadIdx.x < blockDim.x / 2) __syncthreads();
 }
 
+// EARLY: before it has waited for the kernel before. LETS_FIRST: lets the one behind begin before that, too.
+template <bool EARLY, bool LETS_FIRST>
+__global__ void increments(const int* x, int* y) {
+  if (LETS_FIRST) let_kernel_behind_begin();
+  if (EARLY) y[threadIdx.x] = x[threadIdx.x] + 1;
+  wait_for_kernel_before();
+  if (!LETS_FIRST) let_kernel_behind_begin();
+  if (!EARLY) y[threadIdx.x] = x[threadIdx.x] + 1;
+}
+
+__global__ void increments_alone(const int* x, int* y) { y[threadIdx.x] = x[threadIdx.x] + 1; }
+
 __global__ void halves_of_a_block_wait_apart() {
   if (threadIdx.x < blockDim.x / 2) __syncthreads();
   else
