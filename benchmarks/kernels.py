@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatch
@@ -27,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import adasplash2
 from adasplash2.bench.measure import make_call
 
-__all__ = ["DECODING", "decoding", "kernel_name", "main", "profiled"]
+__all__ = ["DECODING", "counted", "decoding", "kernel_name", "main", "profiled"]
 
 CASES = (
     *(
@@ -56,11 +57,18 @@ def kernel_name(signature: str) -> str:
     return name.rpartition("::")[2].strip()
 
 
-def profiled(call: Callable[[], object]) -> dict[str, float]:
-    """Microseconds of each kernel in one call, in the order in which they first run.
+def counted(kernels: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """The time of each kernel from (name, begin, end), counted from when all that began before it have ended."""
+    total: dict[str, float] = collections.defaultdict(float)
+    ended = -math.inf
+    for name, begin, end in sorted(kernels, key=lambda kernel: kernel[1:]):
+        total[name] += max(end - max(begin, ended), 0)
+        ended = max(ended, end)
+    return dict(total)
 
-    What begins while another still runs is counted from when all before it have ended.
-    """
+
+def profiled(call: Callable[[], object]) -> dict[str, float]:
+    """Microseconds of each kernel in one call, in the order in which they first run, as ``counted``."""
     for _ in range(WARM_UP):
         call()
     torch.cuda.synchronize()
@@ -69,14 +77,12 @@ def profiled(call: Callable[[], object]) -> dict[str, float]:
             call()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA  # type: ignore[attr-defined]
-    kernels = sorted((one for one in found.events() if one.device_type == cuda), key=lambda one: one.time_range.start)
-    total: dict[str, float] = collections.defaultdict(float)
-    ended = 0.0
-    for kernel in kernels:
-        begin, end = kernel.time_range.start, kernel.time_range.end
-        total[kernel_name(kernel.name)] += max(end - max(begin, ended), 0)
-        ended = max(ended, end)
-    return {name: time / ROUNDS for name, time in total.items()}
+    kernels = [
+        (kernel_name(event.name), event.time_range.start, event.time_range.end)
+        for event in found.events()
+        if event.device_type == cuda
+    ]
+    return {name: time / ROUNDS for name, time in counted(kernels).items()}
 
 
 def _rows(calls: Iterable[tuple[str, str, Callable[[], Callable[[], object]]]]) -> list[Row]:

@@ -683,8 +683,9 @@ def _kernel_sections(path: Path) -> Iterator[str]:
     results = json.loads(path.read_text())
     yield f"### Kernels on {_device(results['stamp'])}"
     yield (
-        f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. In brackets the "
-        "TFLOP/s of the products that a kernel cannot do without: scan one over the visible pairs; over live blocks "
+        f"Measured on {_machine(results['stamp'])}, by torch's profiler: the device's time alone. A kernel that begins "
+        "while another runs is counted from the other's end. In brackets the TFLOP/s of the products that a kernel "
+        "cannot do without: scan one over the visible pairs; over live blocks "
         "(128 x 64) output two, dq and dkv four. refine takes one for each of its passes, which are not counted. "
         "Where a backend takes tiles by their entries, refine has their output too, and only the scan's rate is given. "
         "The last column is forward + backward in units of FlashAttention-2's time in the same run: less is better."

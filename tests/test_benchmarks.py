@@ -343,6 +343,11 @@ def test_kernel_names(signature: str, name: str) -> None:
     assert kernels.kernel_name(signature) == name
 
 
+def test_kernels_that_overlap_are_counted_once() -> None:
+    events = [("b", 8.0, 20.0), ("a", 0.0, 10.0), ("c", 9.0, 15.0), ("a", 30.0, 31.0)]
+    assert kernels.counted(events) == {"a": 11, "b": 10, "c": 0}
+
+
 def test_disturbed_rounds_of_a_gpu_are_left_out(results_file: Path, tmp_path: Path) -> None:
     found = json.loads(results_file.read_text())
     found["rows"][0]["speedup"] = [2.0, 1.0, 1.6]
