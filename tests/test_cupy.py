@@ -395,33 +395,54 @@ def test_launches_of_few_queries(capability: tuple[int, int], heads: int, n_prog
     assert all(launch.args["maxima"] == 0 for launch in others)
 
 
+class Driver:
+    """Answers launches with these statuses, and keeps what it was told."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, statuses: Sequence[int], can_follow: bool = True) -> None:
+        self.told: list[tuple[Any, int, int]] = []
+        self.n_contexts_made = 0
+        self._statuses = list(statuses)
+        stream = types.SimpleNamespace(device_index=1, cuda_stream=1 << 40)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(launcher, "_driver", lambda: self)
+        monkeypatch.setattr(launcher, "_load", lambda *_: types.SimpleNamespace(ptr=1 << 41))
+        monkeypatch.setattr(launcher, "_can_follow", lambda index: can_follow and index == 1)
+        monkeypatch.setattr(launcher, "_make_context_current", self._make_context)
+
+    def cuLaunchKernelEx(self, config: Any, function: int, arguments: Any, extra: None) -> int:
+        self.told.append((type(config._obj).from_buffer_copy(config._obj), function, arguments[0]))
+        return self._statuses.pop(0)
+
+    def _make_context(self) -> None:
+        self.n_contexts_made += 1
+
+
 @pytest.mark.parametrize("can_follow", [True, False])
 def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch, can_follow: bool) -> None:
-    told, statuses = [], [0, launcher._INVALID_CONTEXT, 0]
-
-    def launch_kernel(config: Any, function: int, arguments: Any, extra: None) -> int:
-        told.append((type(config._obj).from_buffer_copy(config._obj), function, arguments[0]))
-        return statuses.pop(0)
-
-    made_current: list[None] = []
-    stream = types.SimpleNamespace(device_index=1, cuda_stream=1 << 40)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
-    monkeypatch.setattr(launcher, "_driver", lambda: types.SimpleNamespace(cuLaunchKernelEx=launch_kernel))
-    monkeypatch.setattr(launcher, "_load", lambda *_: types.SimpleNamespace(ptr=1 << 41))
-    monkeypatch.setattr(launcher, "_can_follow", lambda index: can_follow and index == 1)
-    monkeypatch.setattr(launcher, "_make_context_current", lambda: made_current.append(None))
+    driver = Driver(monkeypatch, [0, launcher._INVALID_CONTEXT, 0], can_follow)
     record = np.zeros((), backend.PARAMS.dtype)
     for follows in (False, True):
         launcher.CupyLauncher().launch("scan.cu", "kernel", (3, 1, 1), (64, 1, 1), 4096, record, follows)
-    assert len(made_current) == 1  # before the third
-    for config, function, argument in told:
+    assert driver.n_contexts_made == 1  # before the third
+    for config, function, argument in driver.told:
         # As in CUDA's header, on every system: seven numbers, the stream, the attributes and how many they are.
         assert struct.unpack("@7IPPIxxxx", config)[:8] == (3, 1, 1, 64, 1, 1, 4096, 1 << 40)
         assert (function, argument) == (1 << 41, record.ctypes.data)
-    assert [config.n_attributes for config, *_ in told] == [0, can_follow, can_follow]
-    attribute = told[1][0].attributes[0]
+    assert [config.n_attributes for config, *_ in driver.told] == [0, can_follow, can_follow]
+    attribute = driver.told[1][0].attributes[0]
     assert struct.unpack_from("@IxxxxI", attribute) == (6, 1)
     assert len(bytes(attribute)) == 72
+
+
+def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class RefusedError(RuntimeError):
+        """CuPy's own asks the driver for the text."""
+
+    monkeypatch.setattr(pytest.importorskip("cupy").cuda.driver, "CUDADriverError", RefusedError)
+    Driver(monkeypatch, [1])
+    record = np.zeros((), backend.PARAMS.dtype)
+    with pytest.raises(RefusedError, match=r"^1$"):
+        launcher.CupyLauncher().launch("scan.cu", "kernel", (3, 1, 1), (64, 1, 1), 4096, record, False)
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "saves"), [(17, 4000, False), (16, 2047, False), (1, 4000, True)])

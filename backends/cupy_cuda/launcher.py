@@ -102,9 +102,9 @@ class CupyLauncher:
             _make_context_current()
             status = launch(ctypes.byref(config), function.ptr, arguments, None)
         if status != 0:
-            from cupy.cuda.driver import CUDADriverError
+            import cupy
 
-            raise CUDADriverError(status)
+            raise cupy.cuda.driver.CUDADriverError(status)
 
 
 @functools.cache
