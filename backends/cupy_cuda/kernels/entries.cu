@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(32 * WARPS, 2) entmax_attn_bwd_dq_entries(cons
   unsigned* sorted_pairs = pairs + ENTRIES;
   unsigned short* sorted_codes = reinterpret_cast<unsigned short*>(sorted_pairs + ENTRIES);
 
-  // What dq writes is of other tiles.
+  // It does not wait for dq, which has other tiles.
   let_kernel_behind_begin();
   const QueryTile tile = query_tile<BLOCK_M>(params);
   if (!(params.live[tile.index * params.n_blocks] & ENTRY_TILE)) return end_behind_kernel_before();

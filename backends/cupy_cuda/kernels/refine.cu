@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
         for (int i_block = 0; i_block < GROUP; i_block++)
           has_support[i_block] |= add_weights<ALPHA>(f, g, of_block(s, i_block), tau, c, r);
       }
-      if (step > 0) return;
+      if (step > 0) return;  // the list is shortened once
 #pragma unroll
       for (int i_block = 0; i_block < GROUP; i_block++)
         marks.add(GROUP * i + i_block, has_support[i_block], write_word);
