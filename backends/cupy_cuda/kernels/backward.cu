@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   auto place = [&](int i) { return list[i] * BLOCK_N; };
   auto load = [&](int first, int stage) { loader.load(stage, first); };
   auto ahead = ahead_of(place, load);
-  constexpr bool KEPT = IS_HALF<T> && !WGMMA && D <= KEPT_HEAD && KEYS <= 16 && STAGES > 1;
+  constexpr bool KEPT = CAN_KEEP<T, D> && !WGMMA && KEYS <= 16 && STAGES > 1;
   const LeftRows<T, D, M, KEPT> left_q(q_tile, warp_of() * 16 * M), left_dout(dout_tile, warp_of() * 16 * M);
 #pragma unroll
   for (int pass = ONE_PASS ? 1 : 0; pass < 2; pass++) {
@@ -240,6 +240,24 @@ __device__ __forceinline__ void lose_keys(float (&values)[M][N][4], int lost) {
 
 // Where `scratch` has for dkv what stays there as the turn does.
 constexpr int KEPT_LOST = 26;
+
+// What any tile of the group's heads has for the block: LIVE, HAS_ENTRIES, HAS_NAN. `scratch` has room for a number per
+// warp.
+template <int WARPS>
+__device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& block, int* scratch) {
+  const long long first_head = static_cast<long long>(block.i_b) * params.heads_q + block.i_kv * block.group;
+  const signed char* live = params.live + first_head * params.n_tiles * params.n_blocks + block.j;
+  int bits = 0;
+#pragma unroll 8
+  for (int i = threadIdx.x; i < block.group * params.n_tiles; i += 32 * WARPS)
+    bits |= live[static_cast<long long>(i) * params.n_blocks];
+  bits = static_cast<int>(warp_or(bits));
+  if (lane_of() == 0) scratch[warp_of()] = bits & (LIVE | HAS_ENTRIES | HAS_NAN);
+  __syncthreads();
+  bits = 0;
+  for (int i = 0; i < WARPS; i++) bits |= scratch[i];
+  return bits;
+}
 
 // How many keys of the block, the first ones, a row without a tau sees, of all heads of the group.
 template <int BLOCK_M, int BLOCK_N, int WARPS>

@@ -316,8 +316,8 @@ __device__ __forceinline__ T& element(T* tile, int row, int column) {
   return tile[place_of<T, D>(row, column / PER_CHUNK<T>) + column % PER_CHUNK<T>];
 }
 
-// How many copies are asked for together, as one that is not asynchronous holds four registers until it is done; and the
-// heads up to which rows of half precision that are a left operand throughout a loop stay in registers.
+// How many copies are asked for together, as one that is not asynchronous holds four registers until it is done; and so the
+// heads up to which rows of half precision stay in registers (products.cuh).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int COPIES = 2;
 constexpr int KEPT_HEAD = 64;

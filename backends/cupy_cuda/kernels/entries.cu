@@ -141,19 +141,17 @@ struct alignas(8) Taken {
 
 constexpr int TAKEN = 1024;  // at once
 
-// On a multiprocessor, which waits for memory most of the time: as many as no register is spilled for.
+// On a multiprocessor, which waits for memory most of the time, up to 64 channels: as many as no register is spilled for.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-template <int D>
-constexpr int DKV_PROGRAMS = D > 64 ? 3 : 4;
+constexpr int DKV_PROGRAMS = 4;
 #else
-template <int D>
-constexpr int DKV_PROGRAMS = D > 64 ? 3 : 5;
+constexpr int DKV_PROGRAMS = 5;
 #endif
 
 // What entry tiles add to dk, or every other program to dv, of one block of keys; where other tiles are live too, to the
 // results of dkv. A warp has 16 keys, and takes their entries in the order of the tiles.
 template <class T, int D, int BLOCK_M, int BLOCK_N, int WARPS>
-__global__ void __launch_bounds__(32 * WARPS, DKV_PROGRAMS<D>) entmax_attn_bwd_dkv_entries(const Params params) {
+__global__ void __launch_bounds__(32 * WARPS, D > 64 ? 3 : DKV_PROGRAMS) entmax_attn_bwd_dkv_entries(const Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int KEYS = BLOCK_N / WARPS;
   static_assert(KEYS == 16);
@@ -173,6 +171,7 @@ __global__ void __launch_bounds__(32 * WARPS, DKV_PROGRAMS<D>) entmax_attn_bwd_d
   RowSums<D> sums = {};
 #pragma unroll 1
   for (int i_g = 0; i_g < block.group; i_g++) {
+    // From `scratch`, as a register more would be spilled.
     const long long head = static_cast<long long>(kept_turn(scratch).i_bh) * block.group + i_g;
     const int i_h = static_cast<int>(head - static_cast<long long>(block.i_b) * params.heads_q);
     const T* rows = is_dv ? head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh)

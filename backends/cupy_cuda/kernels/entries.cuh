@@ -341,21 +341,3 @@ __device__ __forceinline__ KeyBlock key_block(const Params& params, int* scratch
   block.lengths = lengths_of(params, block.i_b);
   return block;
 }
-
-// What any tile of the group's heads has for the block: LIVE, HAS_ENTRIES, HAS_NAN. `scratch` has room for a number per
-// warp.
-template <int WARPS>
-__device__ __forceinline__ int live_bits(const Params& params, const KeyBlock& block, int* scratch) {
-  const long long first_head = static_cast<long long>(block.i_b) * params.heads_q + block.i_kv * block.group;
-  const signed char* live = params.live + first_head * params.n_tiles * params.n_blocks + block.j;
-  int bits = 0;
-#pragma unroll 8
-  for (int i = threadIdx.x; i < block.group * params.n_tiles; i += 32 * WARPS)
-    bits |= live[static_cast<long long>(i) * params.n_blocks];
-  bits = static_cast<int>(warp_or(bits));
-  if (lane_of() == 0) scratch[warp_of()] = bits & (LIVE | HAS_ENTRIES | HAS_NAN);
-  __syncthreads();
-  bits = 0;
-  for (int i = 0; i < WARPS; i++) bits |= scratch[i];
-  return bits;
-}

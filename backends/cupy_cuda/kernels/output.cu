@@ -73,15 +73,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + ROWS * D;
   T* v_tiles = k_tiles + STAGES * BLOCK_N * D;
-  float* scratch = reinterpret_cast<float*>(v_tiles + STAGES * BLOCK_N * DV);
-  float* staging = scratch + 32 + warp_of() * STAGING<M, N>;
+  int* scratch = reinterpret_cast<int*>(v_tiles + STAGES * BLOCK_N * DV);
+  float* staging = reinterpret_cast<float*>(scratch + 32) + warp_of() * STAGING<M, N>;
 
   constexpr int PARTS = BLOCK_M / ROWS;
-  int* kept = reinterpret_cast<int*>(scratch);
-  const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), kept));
-  keep_place(MaskPlace{tile.first, tile.lengths}, kept);
+  const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
+  keep_place(MaskPlace{tile.first, tile.lengths}, scratch);
   // So that no register keeps it through the loop.
-  auto tile_again = [&]() { return query_tile<BLOCK_M, PARTS>(params, kept_turn(kept)); };
+  auto tile_again = [&]() { return query_tile<BLOCK_M, PARTS>(params, kept_turn(scratch)); };
   if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
   const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
@@ -117,7 +116,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   // The i-th of the listed blocks, from its key `first` on.
   auto mask = [&](float(&s)[M][N][4], int i, int first) {
     if (i < whole) return;
-    const MaskPlace place = kept_place(kept);
+    const MaskPlace place = kept_place(scratch);
     mask_scores<M, N>(s, place.first, load_kept(list, i) * BLOCK_N + first, place.lengths, params.is_causal);
   };
   Marks marks;
@@ -194,7 +193,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
         finish_sums();
       }
     } else {
-      const LeftRows<T, D, M, IS_HALF<T> && D <= KEPT_HEAD> left(q_tile, warp_of() * 16 * M);
+      const LeftRows<T, D, M, CAN_KEEP<T, D>> left(q_tile, warp_of() * 16 * M);
       pipeline<STAGES>(count, ahead, [&](int i, int stage) {
         bool has_support = false;
 #pragma unroll 1

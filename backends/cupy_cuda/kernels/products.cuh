@@ -109,6 +109,10 @@ __device__ __forceinline__ void scores(float (&acc)[M][N][4], const T* a, int fi
   }
 }
 
+// Whether registers have room for rows that are a left operand throughout a loop.
+template <class T, int D>
+constexpr bool CAN_KEEP = IS_HALF<T> && D <= KEPT_HEAD;
+
 // M_TILES times 16 rows of a tile as left operand of scores: with KEPT read once, and kept in registers.
 template <class T, int D, int M_TILES, bool KEPT>
 struct LeftRows {

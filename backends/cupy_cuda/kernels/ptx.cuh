@@ -254,18 +254,18 @@ __device__ __forceinline__ V* bytes_behind(V* pointer, unsigned a, unsigned b) {
   return behind;
 }
 
-// a b + c inside [0, 1]; NaN is 0. In one instruction, which the compiler does not make of a minimum and a maximum.
-__device__ __forceinline__ float saturated(float a, float b, float c) {
-  float inside;
-  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(inside) : "f"(a), "f"(b), "f"(c));
-  return inside;
-}
-
 // The i-th number of global memory from a kept address on, of which the compiler no longer knows what memory it is of.
 __device__ __forceinline__ int load_kept(const int* global, unsigned i) {
   int value;
   asm volatile("ld.global.s32 %0, [%1];" : "=r"(value) : "l"(bytes_behind(global, i, 4)) : "memory");
   return value;
+}
+
+// a b + c inside [0, 1]; NaN is 0. In one instruction, which the compiler does not make of a minimum and a maximum.
+__device__ __forceinline__ float saturated(float a, float b, float c) {
+  float inside;
+  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(inside) : "f"(a), "f"(b), "f"(c));
+  return inside;
 }
 
 // To 1e-7 between 1/2 and 2, elsewhere to 22 bits: one instruction instead of the twenty of log2f.

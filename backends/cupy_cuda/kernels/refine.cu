@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
   const int n_whole = tile.everyone / BLOCK_N;
 
-  LeftRows<T, D, M, IS_HALF<T> && D <= KEPT_HEAD> queries;
+  LeftRows<T, D, M, CAN_KEEP<T, D>> queries;
   auto load_queries = [&](const QueryTile& tile) {
     const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
     load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,

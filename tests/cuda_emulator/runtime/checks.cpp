@@ -130,6 +130,7 @@ void touch(Shadow& shadow, Access access, const void* address, const void* from)
 }  // namespace
 
 void check_launch() {
+    begin_kernel();
     tensors = merged({launch->regions, launch->regions + launch->n_regions});
     statics.clear();
     dl_iterate_phdr(
@@ -150,6 +151,7 @@ void end_launch_checks() {
 }
 
 void check_block() {
+    begin_block();
     shared.assign(std::size_t(launch->shared_bytes), {});
     for (int i = 0; i < n_threads; ++i) {
         std::fill(clocks[i], clocks[i] + n_threads, 0);

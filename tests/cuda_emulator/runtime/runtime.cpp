@@ -286,7 +286,7 @@ void run_block() {
         uint32_t lanes = count == 32 ? ~0u : (1u << count) - 1;
         warps[w] = {lanes, lanes, 0, nullptr, {}};
     }
-    if (launch->is_checked) check_block(), begin_block();
+    if (launch->is_checked) check_block();
     switch_to(next_thread(0, 31));
     if (!has_failed && n_ended < n_threads) report_standstill();
     check_canaries();
@@ -543,11 +543,12 @@ extern "C" int emulator_launch(const emulator::Launch* launch) {
     place_shared();
     current = &scheduler;
     Faults faults;
-    if (launch->is_checked) check_launch(), begin_kernel();
+    if (launch->is_checked) check_launch();
     run_grid();
-    if (launch->is_checked && !has_failed)
-        if (std::string message = end_kernel(); !message.empty()) report(message);
-    if (launch->is_checked) end_launch_checks();
+    if (launch->is_checked) {
+        if (std::string message = has_failed ? "" : end_kernel(); !message.empty()) report(message);
+        end_launch_checks();
+    }
     emulator::launch = nullptr;
     return has_failed;
 }
