@@ -35,6 +35,7 @@ KERNELS = (
     *("half_a_block_waits", "halves_of_a_block_wait_apart", "reads_unwritten", "stores_shared", "stores_global"),
     *("stores_vector", "divides", "copies_from", "loads_matrices_at", "touches_a_copy", "increments_alone"),
     *(f"increments<{early}, {lets_first}>" for early in ("false", "true") for lets_first in ("false", "true")),
+    *("copies_box", "copies_bulk", "ring"),
 )
 
 
@@ -236,6 +237,201 @@ def test_copies_land_when_waited_for(launchers: Launchers, unfinished: int) -> N
 def test_copies_under_way_are_not_touched(launchers: Launchers) -> None:
     with pytest.raises(KernelError, match=r"touched while a cp\.async to it is under way: byte 0 of shared memory"):
         launchers(is_checked=True).launch(SOURCE, "touches_a_copy", 1, 1, 64, [torch.zeros(4), torch.zeros(1)])
+
+
+class TestBoxes:
+    """Of three heads of 40 rows of 128 numbers, in groups of eight rows and halves of 64 columns."""
+
+    kind = np.dtype(
+        [("map", "V128"), ("out", "u8"), *((name, "i4") for name in ("n", "i_group", "i_head", "at")), ("_", "V40")]
+    )
+    sizes, strides, box = (64, 8, 2, 5, 3), (256, 128, 2048, 10240), (64, 8, 2, 4, 1)
+    x = random(3, 40, 128, dtype=torch.float16)
+
+    def copied(
+        self,
+        launcher: EmulatedLauncher,
+        *,
+        sizes: tuple[int, ...] = sizes,
+        box: tuple[int, ...] = box,
+        i_group: int = 0,
+        i_head: int = 2,
+        at: int = 1024,
+        shared_bytes: int = 9216,
+        map: bytes | None = None,
+    ) -> Tensor:
+        n = 2 * int(np.prod(box))
+        out = torch.full((n // 2,), torch.nan, dtype=torch.float16)
+        map = map or launcher.tensor_map(self.x.data_ptr(), sizes, self.strides, box)
+        record = np.array((map, out.data_ptr(), n, i_group, i_head, at, b""), self.kind)
+        launcher.launch(SOURCE, "copies_box", 1, 64, shared_bytes, record)
+        return out
+
+    @pytest.mark.parametrize("i_group", [0, 1, 3, 5, -2])
+    @pytest.mark.parametrize(("i_head", "sizes"), [(0, sizes), (2, sizes), (3, sizes), (1, (44, 5, 1, 4, 2))])
+    def test_right(self, launcher: EmulatedLauncher, i_group: int, i_head: int, sizes: tuple[int, ...]) -> None:
+        expected = torch.zeros(6, 16, 2, 8, 64, dtype=torch.float16)  # four groups of zeros before the first
+        d0, d1, d2, d3, d4 = sizes
+        groups = self.x.view(3, 5, 8, 2, 64).transpose(2, 3)
+        expected[:d4, 4 : 4 + d3, :d2, :d1, :d0] = groups[:d4, :d3, :d2, :d1, :d0]
+        chunks = expected[i_head, 4 + i_group : 8 + i_group].view(4, 2, 8, 8, 8)
+        row, chunk = torch.arange(8)[:, None], torch.arange(8)
+        copied = self.copied(launcher, i_group=i_group, i_head=i_head, sizes=sizes)
+        assert torch.equal(copied, chunks[:, :, row, chunk ^ row].flatten())
+
+    def test_wrong(self, launcher: EmulatedLauncher) -> None:
+        line = line_of("copies_box", "bulk_copy_rows")
+        for at, message in (
+            (1536, "to byte 1536 of shared memory, which has 9728: expected a multiple of 1024"),
+            (2048, "to memory out of bounds: byte 2048 of shared memory, which has 9728"),
+        ):
+            with pytest.raises(KernelError, match=f"bulk copy of 8192 bytes {message}; thread .* at {line}"):
+                self.copied(launcher, shared_bytes=9728, at=at)
+        with pytest.raises(KernelError, match=f"by a map that tensor_map has not made; .* at {line}"):
+            self.copied(launcher, map=bytes(128))
+        with pytest.raises(KernelError, match="bulk copy of rows of 64 bytes: expected 128"):
+            self.copied(launcher, box=(32, 8, 2, 4, 1))
+        if launcher.is_checked:
+            where = "1 bytes past the last of a tensor of 30720"
+            with pytest.raises(KernelError, match=f"8192 bytes from memory out of bounds: .*, {where}; .* at {line}"):
+                self.copied(launcher, sizes=(64, 8, 2, 6, 3), i_group=2)
+
+    @pytest.mark.parametrize(
+        ("address", "sizes", "strides", "box"),
+        [
+            (8, sizes, strides, box),
+            (16, (0, *sizes[1:]), strides, box),
+            (16, (*sizes[:4], 2**32 + 1), strides, box),
+            (16, sizes, (264, *strides[1:]), box),
+            (16, sizes, (*strides[:3], 2**40), box),
+            (16, sizes, strides, (128, *box[1:])),
+            (16, sizes, strides, (60, *box[1:])),
+            (16, sizes, strides, (*box[:4], 0)),
+            (16, sizes, strides, (64, 257, *box[2:])),
+        ],
+    )
+    def test_refused(self, launchers: Launchers, address: int, sizes: Any, strides: Any, box: Any) -> None:
+        assert launchers().tensor_map(address, sizes, strides, box) is None
+
+
+class TestBulkCopies:
+    @staticmethod
+    def copied(launcher: EmulatedLauncher, **options: int) -> tuple[Tensor, Tensor]:
+        x = torch.arange(300).to(torch.int8)
+        out = torch.zeros_like(x)
+        numbers = {"from": 16, "to": 32, "bytes": 256, "mbarrier": 8} | options
+        args = [x, out, *(np.int32(number) for number in numbers.values())]
+        launcher.launch(SOURCE, "copies_bulk", 1, 1, 1024, args)
+        return x, out
+
+    def test_right(self, launcher: EmulatedLauncher) -> None:
+        x, out = self.copied(launcher)
+        assert torch.equal(out[:256], x[16:272])
+        assert not out[256:].any()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"from": 8}, "bulk copy from 0x.*: expected a multiple of 16"),
+            ({"bytes": 24}, "bulk copy of 24 bytes: expected a multiple of 16"),
+            ({"to": 40}, "bulk copy of 256 bytes to byte 40 of shared memory, .*: expected a multiple of 16"),
+            ({"to": 784}, "bulk copy of 256 bytes to memory out of bounds: byte 784 of shared memory, which has 1024"),
+            ({"from": 48}, "bulk copy of 256 bytes from memory out of bounds: byte 48 of a tensor of 300 bytes"),
+            ({"bytes": -16}, "mbarrier_arrive of -16 bytes: expected 0 to 1048575"),
+            ({"mbarrier": 4}, "mbarrier_init at byte 4 of shared memory, which has 1024: expected a multiple of 8"),
+            ({"mbarrier": 1024}, "mbarrier_init out of bounds: byte 1024 of shared memory, which has 1024"),
+        ],
+    )
+    def test_wrong(self, launcher: EmulatedLauncher, options: dict[str, int], message: str) -> None:
+        with pytest.raises(KernelError, match=rf"{message}.*; thread .* at samples\.cu:\d+"):
+            self.copied(launcher, **options)
+
+    def test_over_its_mbarrier(self, launchers: Launchers) -> None:
+        with pytest.raises(KernelError, match="touched as data while it is an mbarrier: byte 40 of shared memory"):
+            self.copied(launchers(is_checked=True), mbarrier=40)
+
+    def test_before_the_kernel_before_has_ended(self, launchers: Launchers) -> None:
+        launcher, x = launchers(is_checked=True), torch.zeros(32, dtype=torch.int32)
+        launcher.launch(SOURCE, "increments_alone", 1, 32, 0, [torch.zeros_like(x), x])
+        args = [x, torch.zeros_like(x), np.int32(0), np.int32(0), np.int32(128), np.int32(128)]
+        with pytest.raises(KernelError, match="read before the kernel that wrote it is waited for: byte 0 of a tensor"):
+            launcher.launch(SOURCE, "copies_bulk", 1, 1, 256, args, follows=True)
+
+
+class TestRing:
+    """Of two stages that bulk copies fill."""
+
+    kind = np.dtype(
+        [("map", "V128"), *((name, "u8") for name in ("numbers", "a", "last", "sums", "products"))]
+        + [("n", "i4"), ("fault", "i4"), ("_", "V16")]
+    )
+    faults = re.findall(r"\w+", (SAMPLES / SOURCE).read_text().partition("enum Fault {")[2].partition("}")[0])
+
+    def run(self, launcher: EmulatedLauncher, fault: str, n: int = 6) -> tuple[Tensor, ...]:
+        tiles, a, numbers = random(n, 64, 64, dtype=torch.float16), random(64, 64, dtype=torch.float16), random(n, 64)
+        sums, products = torch.zeros(n, 64, 2), torch.zeros(64, 64)
+        map = launcher.tensor_map(tiles.data_ptr(), (64, 8, 1, 8, n), (128, 16, 1024, 8192), (64, 8, 1, 8, 1))
+        last = tiles[-1]
+        pointers = (tensor.data_ptr() for tensor in (numbers, a, last, sums, products))
+        record = np.array((map, *pointers, n, self.faults.index(fault), b""), self.kind)
+        launcher.launch(SOURCE, "ring", 1, 128, 16912, record)
+        return tiles.float(), a.float(), numbers, sums, products
+
+    @pytest.mark.parametrize(("n", "fault"), [(1, "NONE"), (2, "NONE"), (5, "NONE"), (6, "ONE_WAITS_FOR_ALL")])
+    def test_right(self, launcher: EmulatedLauncher, n: int, fault: str) -> None:
+        tiles, a, numbers, sums, products = self.run(launcher, fault, n)
+        torch.testing.assert_close(products, a @ tiles.sum(0).T, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(sums, (tiles * numbers[:, None]).view(n, 64, 2, 32).sum(3), atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("seed", [3, 4, 5])
+    def test_right_in_any_order(self, launchers: Launchers, seed: int) -> None:
+        self.test_right(launchers(seed, is_checked=True), 5, "NONE")
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("TOO_MANY_BYTES", "bulk copies of 8448 bytes, of which 8432 are announced: the mbarrier at byte 16896 of"),
+            (
+                "TOO_FEW_BYTES",
+                r"mbarrier_wait that nothing ends: the mbarrier at byte 16896 of shared memory, phase 0, has 8448 of "
+                r"the 8464 bytes announced at samples\.cu:\d+; block .*, warps 0-3: lanes 0-31 mbarrier_wait at {wait}",
+            ),
+            ("NO_ARRIVAL", "nothing ends: the mbarrier at byte 16896 of shared memory, phase 0, has no arrival; block"),
+            ("TWO_ARRIVALS", "a second arrival in a phase: the mbarrier at byte 16896 of shared memory, phase 0"),
+            ("TWO_INITS", "mbarrier_init of one that is initialised: the mbarrier at byte 16904"),
+            ("NO_INIT", "mbarrier_arrive of an mbarrier that is not initialised: byte 16896"),
+            ("WAIT_AFTER_END", "mbarrier_wait of an mbarrier that is not initialised: byte 16896"),
+            ("END_OF_COPY", "mbarrier_invalidate while a bulk copy is under way: the mbarrier at byte 16896"),
+            ("COPY_AT_END", "a bulk copy is under way at the end of the block: the mbarrier at byte 16896"),
+        ],
+    )
+    def test_wrong(self, launcher: EmulatedLauncher, fault: str, message: str) -> None:
+        with pytest.raises(KernelError, match=message.format(wait=line_of("ring", "mbarrier_wait"))):
+            self.run(launcher, fault)
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("NO_WAIT", "touched while a bulk copy to it is under way: byte"),
+            ("ONE_WAITS", "race: read without a wait after a bulk copy has written it at {copy}: byte"),
+            ("WRONG_PARITY", "touched while a bulk copy to it is under way: byte"),
+            ("NO_FENCE_AFTER_WRITES", r"without a fence after thread \d+ of block 0 has written it at {zero}"),
+            ("NO_FENCE_AFTER_READS", r"without a fence after thread \d+ of block 0 has read it at {read}"),
+            ("NO_FENCE_AFTER_INIT", "bulk copy without a fence after its mbarrier was initialised: byte 16896"),
+            ("NO_BARRIER_AFTER_WRITES", "touched while a bulk copy to it is under way: byte 4 of"),
+            ("NO_BARRIER_AFTER_READS", r"race: written without a barrier after thread \d+ of block 0 has read it at"),
+            ("NO_BARRIER_AFTER_INIT", "race: read without a barrier after thread 0 .* has written it at {init}: byte"),
+            ("NO_BARRIER_AT_END", r"race: written without a barrier after thread \d+ of block 0 has read it at {wait}"),
+            ("TOUCHED_MBARRIER", "touched as data while it is an mbarrier: byte 16896"),
+            ("OVERWRITTEN_COPY", "touched while a bulk copy to it is under way: byte 16384"),
+            ("TWO_COPIES", "touched while a bulk copy to it is under way: byte 16384"),
+        ],
+    )
+    def test_found_by_checks(self, launchers: Launchers, fault: str, message: str) -> None:
+        texts = {"zero": "(smem)[i] = 0", "init": "mbarrier_init", "copy": "bulk_copy_rows", "wait": "mbarrier_wait"}
+        lines = {name: line_of("ring", text) for name, text in {**texts, "read": "sum +="}.items()}
+        with pytest.raises(KernelError, match=message.format(**lines)):
+            self.run(launchers(is_checked=True), fault)
 
 
 def test_unwritten_shared_memory(launchers: Launchers) -> None:

@@ -46,6 +46,11 @@ from .launcher import CupyLauncher, Record, unavailable_reason
 
 __all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
 
+# Of a tensor that the bulk copy engine reads, as the driver describes it; and how much it brings at once.
+MAP_BYTES = 128
+MAP_ALIGNMENT = 64
+BOX_ROWS = 64
+
 KEYS_PER_CHECK = 128
 CHECK_WARPS = 4
 CHECKS_PER_MULTIPROCESSOR = 16
@@ -72,30 +77,39 @@ _integers = (
     *("n_tiles", "n_blocks", "n_chunks", "n_checks", "aligned_q", "aligned_k", "aligned_v", "aligned_o"),
     *("map_m", "map_n", "map_rows", "map_columns", "by_entries"),
     *("n_row_tiles", "n_splits", "n_slots", "split", "slot"),
+    *(f"heads_apart_{tensor}" for tensor in "qkvo"),
 )
+_map_names = tuple(f"map_of_{tensor}" for tensor in "qkvo")
 
 
 class _Structure(NamedTuple):
-    """The argument of kernels: its pointers, then its numbers."""
+    """The argument of kernels: maps of tensors, pointers, numbers."""
 
     dtype: np.dtype[Any]
+    maps: tuple[str, ...]
     pointers: tuple[str, ...]
     numbers: tuple[str, ...]
     packer: struct.Struct
 
 
 def _structure(
-    pointers: tuple[str, ...], longs: tuple[str, ...], floats: tuple[str, ...], integers: tuple[str, ...] = ()
+    pointers: tuple[str, ...],
+    longs: tuple[str, ...],
+    floats: tuple[str, ...],
+    integers: tuple[str, ...] = (),
+    maps: tuple[str, ...] = (),
 ) -> _Structure:
-    kinds = {"u8": pointers, "i8": longs, "f4": floats, "i4": integers}
-    dtype = np.dtype([(name, kind) for kind, names in kinds.items() for name in names], align=True)
-    # To a multiple of eight bytes, as dtype and the compiler have it.
-    packer = struct.Struct(f"@{len(pointers)}Q{len(longs)}q{len(floats)}f{len(integers)}i0Q")
-    return _Structure(dtype, pointers, longs + floats + integers, packer)
+    kinds = {f"V{MAP_BYTES}": maps, "u8": pointers, "i8": longs, "f4": floats, "i4": integers}
+    fields = [(name, kind) for kind, names in kinds.items() for name in names]
+    layout = f"@{f'{MAP_BYTES}s' * len(maps)}{len(pointers)}Q{len(longs)}q{len(floats)}f{len(integers)}i"
+    # To a multiple of the largest alignment, as the compiler has it.
+    padding = -struct.calcsize(layout) % (MAP_ALIGNMENT if maps else 8)
+    dtype = np.dtype([*fields, ("padding", f"V{padding}")] if padding else fields)
+    return _Structure(dtype, maps, pointers, longs + floats + integers, struct.Struct(f"{layout}{padding}x"))
 
 
 # As the kernels declare them (common.cuh, rows.cu).
-PARAMS = _structure(_pointers, _strides, ("alpha_minus_1", "scale", "target"), _integers)
+PARAMS = _structure(_pointers, _strides, ("alpha_minus_1", "scale", "target"), _integers, _map_names)
 ROW_PARAMS = _structure(
     ("x", "p", "dp", "dx", "dalpha", "alpha_rows"), ("stride_m", "stride_n", "n"), ("alpha_minus_1",)
 )
@@ -147,10 +161,23 @@ class Launcher(Protocol):
                 leaves behind: then it may begin before (``wait_for_kernel_before`` in ptx.cuh).
         """
 
+    def tensor_map(
+        self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes | None:
+        """What the bulk copy engine needs to know of a tensor of numbers of two bytes; None if it cannot read it.
+
+        Args:
+            address: of its first number.
+            sizes: of its dimensions, the innermost first.
+            strides: of all but the innermost, in bytes.
+            box: sizes of what is copied at once, with its chunks permuted as ``place_of`` in common.cuh has it.
+        """
+
 
 def _record(structure: _Structure, values: dict[str, Any]) -> Record:
     """What is not among the values is 0, and so is the pointer of None. NumPy would take four times as long."""
     packed = structure.packer.pack(
+        *[values.get(name, b"") for name in structure.maps],
         *[0 if (tensor := values.get(name)) is None else tensor.data_ptr() for name in structure.pointers],
         *[values.get(name, 0) for name in structure.numbers],
     )
@@ -175,6 +202,29 @@ def _layout(name: str, t: Tensor) -> dict[str, int]:
     return _layout_of(name, t.shape, t.stride(), t.element_size(), t.data_ptr() % 16)
 
 
+def _map(launcher: Launcher, name: str, t: Tensor, layout: dict[str, int], head: int) -> dict[str, Any]:
+    """For the bulk copy engine, which has to do with heads of that width alone: nothing if it cannot read the tensor.
+
+    In a map, 64 channels of eight rows lie together, then the next 64 channels of these, then the next eight rows, as
+    they do in shared memory (``place_of`` in common.cuh); then the next head. Two sequences are ``heads_apart``.
+    """
+    batch_step, head_step, row_step, is_aligned = layout.values()
+    batch, heads, rows, width = t.shape
+    unit = head_step or batch_step or width
+    is_regular = (head_step > 0 or heads == 1) and batch_step % unit == 0
+    if not is_aligned or not is_regular or width != head or rows < BOX_ROWS:
+        return {}
+    heads_apart = batch_step // unit
+    row = row_step * t.element_size()
+    found = launcher.tensor_map(
+        t.data_ptr(),
+        (64, 8, head // 64, rows // 8, (batch - 1) * heads_apart + heads),
+        (row, 128, 8 * row, unit * t.element_size()),
+        (64, 8, head // 64, BOX_ROWS // 8, 1),
+    )
+    return {} if found is None else {f"map_of_{name}": found, f"heads_apart_{name}": heads_apart}
+
+
 @functools.cache
 def _of(name: str, *values: Any) -> str:
     """The instantiation of a kernel."""
@@ -191,7 +241,9 @@ class _Kernel(NamedTuple):
 
 
 @functools.cache
-def _kernel(dtype: torch.dtype, head: int, capability: tuple[int, int], stage: str, name: str, *values: Any) -> _Kernel:
+def _kernel(
+    dtype: torch.dtype, head: int, capability: tuple[int, int], stage: str, name: str, is_bulk: bool, *values: Any
+) -> _Kernel:
     """Of a stage, or of what follows it by entries; ``values`` are its template's first."""
     config = cast(Config, configure(dtype, head, capability))
     tail: tuple[int, ...]
@@ -203,7 +255,7 @@ def _kernel(dtype: torch.dtype, head: int, capability: tuple[int, int], stage: s
         warps = launch.warps
         tail = (launch.columns, warps, launch.stages, launch.programs)
         if name != "entmax_attn_support":
-            tail += (launch.wgmma,)
+            tail += (launch.wgmma, is_bulk)
     instantiation = _of(name, _TYPES[dtype], head, *values, config.block_m, config.block_n, *tail)
     return _Kernel(instantiation, warps, shared_memory(config, stage, dtype))
 
@@ -215,7 +267,7 @@ def _on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
 class _Call:
     """What the kernels of one call share."""
 
-    def __init__(self, backend: CupyBackend, request: AttentionRequest) -> None:
+    def __init__(self, backend: CupyBackend, request: AttentionRequest, dout: Tensor | None = None) -> None:
         self.request = request
         self.q, self.k, self.v = (readable(t) for t in (request.q, request.k, request.v))
         self.config = backend.config_of(request)
@@ -232,6 +284,18 @@ class _Call:
         ]
         self.dtype = _TYPES[self.q.dtype]
         self.alpha_class = _alpha_class(request.alpha, self.alpha_heads)
+        tensors = {"q": self.q, "k": self.k, "v": self.v} | ({} if dout is None else {"o": dout})
+        self._layouts: dict[str, Any] = {}
+        self._maps: dict[str, Any] = {}
+        for name, t in tensors.items():
+            layout = _layout(name, t)
+            self._layouts |= layout
+            if self.config.scan.wgmma and not self.is_empty:
+                self._maps |= _map(backend.launcher, name, t, layout, self.config.head)
+
+    def has_maps(self, names: str) -> bool:
+        """Whether the bulk copy engine can read all of these."""
+        return all(f"map_of_{name}" in self._maps for name in names)
 
     def arguments(self) -> dict[str, Any]:
         """Of every kernel of attention."""
@@ -243,9 +307,8 @@ class _Call:
             "alpha_heads": self.alpha_heads,
             "seqlens_q": self.seqlens[0],
             "seqlens_k": self.seqlens[1],
-            **_layout("q", self.q),
-            **_layout("k", self.k),
-            **_layout("v", self.v),
+            **self._layouts,
+            **self._maps,
             "alpha_minus_1": request.alpha - 1,
             "scale": abs(request.scale) or 1.0,
             "target": TARGET[self.q.dtype],
@@ -297,11 +360,11 @@ class CupyBackend:
         capability: tuple[int, int] | None = None,
     ) -> None:
         self._histogram = init == "histogram"
-        self._launcher: Launcher = launcher or CupyLauncher()
+        self.launcher: Launcher = launcher or CupyLauncher()
         self._capability = capability
 
     def unavailable_reason(self) -> str | None:
-        return unavailable_reason() if isinstance(self._launcher, CupyLauncher) else None
+        return unavailable_reason() if isinstance(self.launcher, CupyLauncher) else None
 
     def unsupported_reasons(self, request: AttentionRequest) -> tuple[str, ...]:
         reasons = self._tensor_reasons(request.q) + wide_heads(request)
@@ -318,7 +381,7 @@ class CupyBackend:
         reasons: tuple[str, ...] = ()
         if t.dtype not in _TYPES:
             reasons += (f"got {t.dtype}; needs float16, bfloat16 or float32",)
-        if isinstance(self._launcher, CupyLauncher) and t.device.type != "cuda":
+        if isinstance(self.launcher, CupyLauncher) and t.device.type != "cuda":
             return (*reasons, f"got a tensor on {t.device}; needs one on cuda")
         capability = self._capability_of(t.device)
         lowest = (8, 0) if t.dtype == torch.bfloat16 else SHORTEST_CAPABILITY
@@ -356,7 +419,7 @@ class CupyBackend:
 
     def _launch(self, kernel: str, programs: int, warps: int, shared_bytes: int, record: Record, follows: bool) -> None:
         source = _SOURCES[kernel.partition("<")[0]]
-        self._launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record, follows)
+        self.launcher.launch(source, kernel, (programs, 1, 1), (32 * warps, 1, 1), shared_bytes, record, follows)
 
     def _launch_stage(
         self,
@@ -367,9 +430,10 @@ class CupyBackend:
         record: Record,
         *values: int | str,
         follows: bool = True,
+        is_bulk: bool = False,
     ) -> None:
         """A kernel as the configuration has it; ``values`` are its template's first."""
-        kernel, warps, shared_bytes = _kernel(*call.setting, stage, name, *values)
+        kernel, warps, shared_bytes = _kernel(*call.setting, stage, name, is_bulk, *values)
         self._launch(kernel, programs, warps, shared_bytes, record, follows)
 
     def forward(self, request: AttentionRequest) -> AttentionResult:
@@ -410,10 +474,14 @@ class CupyBackend:
         follows = flags is not None
         self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record, follows)
         programs, alpha = call.programs, call.alpha_class
-        self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, alpha, self._histogram)
-        self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, alpha, config.entries)
+        values: tuple[int | str, ...] = alpha, self._histogram
+        is_bulk = call.has_maps("k")
+        self._launch_stage(call, "scan", "entmax_attn_fwd_scan", programs, record, *values, is_bulk=is_bulk)
+        values = alpha, config.entries
+        self._launch_stage(call, "refine", "entmax_attn_fwd_refine", programs, record, *values, is_bulk=is_bulk)
         programs *= config.parts("output")
-        self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, config.head_v, alpha)
+        values, is_bulk = (config.head_v, alpha), call.has_maps("kv")
+        self._launch_stage(call, "output", "entmax_attn_fwd_output", programs, record, *values, is_bulk=is_bulk)
         return AttentionResult(out, tau, saved)
 
     def _decode(
@@ -474,9 +542,10 @@ class CupyBackend:
     def backward(
         self, request: AttentionRequest, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor
     ) -> AttentionGrads:
-        call = _Call(self, request)
+        dout = readable(dout)
+        call = _Call(self, request, dout)
         with _on_device(call.q):
-            return self._backward(call, out, tau, saved, readable(dout))
+            return self._backward(call, out, tau, saved, dout)
 
     def _backward(self, call: _Call, out: Tensor, tau: Tensor, saved: Sequence[Tensor], dout: Tensor) -> AttentionGrads:
         request = call.request
@@ -493,7 +562,6 @@ class CupyBackend:
             record = _record(
                 PARAMS,
                 call.arguments()
-                | _layout("o", dout)
                 | {"out": out, "dout": dout, "tau": tau, "delta": delta, "live": live, "entries": entries}
                 | {"dq": dq, "dk": dk, "dv": dv, "dalpha": dalpha, "transposed": transposed},
             )
@@ -502,13 +570,16 @@ class CupyBackend:
             per_head = dalpha is not None
             # Beyond 128 channels a thread has no registers for two sums.
             one_pass = is_dq_one_pass(request) and call.config.head <= 128
-            values = alpha, per_head, one_pass
-            self._launch_stage(call, "dq", "entmax_attn_bwd_dq", programs, record, *values, follows=False)
+            values, is_bulk = (alpha, per_head, one_pass), call.has_maps("kv")
+            name = "entmax_attn_bwd_dq"
+            self._launch_stage(call, "dq", name, programs, record, *values, follows=False, is_bulk=is_bulk)
             if call.has_entries:
                 name = "entmax_attn_bwd_dq_entries"
                 self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, per_head)
             blocks = request.batch * request.heads_kv * call.n_blocks
-            self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha)
+            # tau and delta of a head, too, begin at a multiple of 16 bytes.
+            is_bulk = call.has_maps("qo") and request.seqlen_q % 4 == 0 and tau.data_ptr() % 16 == 0
+            self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha, is_bulk=is_bulk)
             if call.has_entries:
                 blocks *= 2  # dk's and dv's
                 self._launch_stage(call, "dkv_entries", "entmax_attn_bwd_dkv_entries", blocks, record)

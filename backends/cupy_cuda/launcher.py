@@ -107,10 +107,52 @@ class CupyLauncher:
             raise cupy.cuda.driver.CUDADriverError(status)
 
 
+    def tensor_map(
+        self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes | None:
+        return _tensor_map(address, sizes, strides, box)
+
+
+# Of cuTensorMapEncodeTiled.
+_UINT16 = 1
+_SWIZZLE_128B = 3
+_L2_PROMOTION_256B = 3
+
+
+# Tensors come back at the same addresses.
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(
+    address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> bytes | None:
+    rank = len(sizes)
+    room = ctypes.create_string_buffer(128 + 64)
+    to = ctypes.addressof(room) + -ctypes.addressof(room) % 64
+    status = _driver().cuTensorMapEncodeTiled(
+        to,
+        _UINT16,
+        rank,
+        address,
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank),
+        0,
+        _SWIZZLE_128B,
+        _L2_PROMOTION_256B,
+        0,
+    )
+    return ctypes.string_at(to, 128) if status == 0 else None
+
+
 @functools.cache
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     driver.cuLaunchKernelEx.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+    number, pointer = ctypes.c_int, ctypes.c_void_p
+    driver.cuTensorMapEncodeTiled.argtypes = (
+        *(pointer, number, number, pointer, pointer, pointer, pointer, pointer),
+        *(number, number, number, number),
+    )
     return driver
 
 

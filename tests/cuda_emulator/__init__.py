@@ -24,12 +24,18 @@ import numpy as np
 import torch
 
 _HERE = Path(__file__).parent
-_RUNTIME_SOURCES = tuple(f"runtime/{name}.cpp" for name in ("runtime", "operations", "warpgroups", "checks", "chains"))
+_RUNTIME_SOURCES = tuple(
+    f"runtime/{name}.cpp" for name in ("runtime", "operations", "warpgroups", "copies", "checks", "chains")
+)
 # What runtime/checks.cpp has the functions for.
 _CHECKS = ("-fsanitize=thread", "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero")
 _ERROR_BYTES = 4096
 _MAX_THREADS = 1024
 _MAX_SHARED_BYTES = 1 << 20
+# What a structure's members may ask for: a TensorMap does.
+_ALIGNMENT = 64
+_MAP = np.dtype("V128")
+_IS_MAP = 0x70616D5F64746D65
 
 # The runtime runs one grid at a time.
 _lock = threading.Lock()
@@ -146,7 +152,8 @@ class EmulatedLauncher:
             block: threads along x, y and z.
             shared_bytes: dynamic shared memory of a block, in bytes.
             args: a list of CPU tensors for pointers (None for a null one), NumPy scalars, and structured NumPy arrays
-                of no dimensions, whose uint64 fields are pointers. A kernel's only argument may come without the list.
+                of no dimensions, whose uint64 fields are pointers, and whose fields of 128 raw bytes are tensor maps. A
+                kernel's only argument may come without the list.
             follows: whether on a GPU it may begin before the kernel before it has ended, once that one lets it. Here it
                 does not; but with is_checked, what it does before it waits must be nothing to that one, and the other
                 way round.
@@ -204,6 +211,30 @@ class EmulatedLauncher:
         library = ctypes.CDLL(str(self._built(sources, ["instantiations.cpp"], flags, [str(self._runtime_path)])))
         for i, kernel in enumerate(missing):
             self._kernels[source, kernel] = _Kernel.in_dll(library, f"kernel_{i}")
+
+    def tensor_map(
+        self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    ) -> bytes | None:
+        """What bulk_copy_rows reads of a tensor of 5 dimensions, of numbers of 2 bytes.
+
+        Args:
+            address: of the first number.
+            sizes: in numbers, innermost dimension first.
+            strides: in bytes, of all dimensions but the innermost.
+            box: sizes of what is copied at once.
+
+        Returns:
+            128 bytes, or None where CUDA's driver would refuse (for a swizzle of 128 bytes).
+        """
+        is_possible = (
+            address % 16 == 0
+            and all(0 < size <= 2**32 for size in sizes)
+            and all(stride % 16 == 0 and 0 <= stride < 2**40 for stride in strides)
+            and all(0 < size <= 256 for size in box)
+            and box[0] * 2 % 16 == 0
+            and box[0] * 2 <= 128
+        )
+        return np.array((address, *sizes, *strides, *box, _IS_MAP), np.uint64).tobytes() if is_possible else None
 
     @functools.cached_property
     def _runtime_path(self) -> Path:
@@ -320,7 +351,7 @@ def _value(kernel: str, i: int, arg: Any) -> tuple[np.ndarray[Any, Any], str]:
             raise TypeError(f"{kernel}, argument {i}: expected a tensor on the CPU, got one on {arg.device}")
         return np.array(arg.data_ptr(), np.uint64), "p"
     if _is_structure(arg):
-        return np.array(arg), "s"
+        return _aligned(np.array(arg)), "s"
     if isinstance(arg, np.generic) and arg.dtype.kind in "iufb":
         return np.array(arg), "f" if arg.dtype.kind == "f" else "i"
     raise TypeError(
@@ -333,10 +364,21 @@ def _is_structure(arg: Any) -> bool:
     return isinstance(arg, np.generic | np.ndarray) and arg.dtype.fields is not None and arg.ndim == 0
 
 
+def _aligned(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Its bytes, where a structure may lie."""
+    memory = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    memory[start : start + value.nbytes] = np.frombuffer(value.tobytes(), np.uint8)
+    return memory[start : start + value.nbytes]
+
+
 def _pointers_in(structure: Any) -> Iterator[tuple[int, str]]:
     for name in structure.dtype.names:
-        if structure.dtype[name] == np.uint64 and structure[name]:
-            yield int(structure[name]), name
+        kind = structure.dtype[name]
+        if kind in (np.uint64, _MAP):
+            pointer = int(np.frombuffer(structure[name].tobytes(), np.uint64)[0])  # a map begins with its tensor's
+            if pointer:
+                yield pointer, name
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

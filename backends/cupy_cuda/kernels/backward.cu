@@ -8,8 +8,9 @@
 // dout . out: delta is that and rest = sum w dp / sum w, and dq = sum w dp k - rest sum w k. Triton's kernel has the proof
 // that rounding w dp and w costs no more than rounding ds.
 template <class T, int D, int ALPHA, bool DALPHA, bool ONE_PASS, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS,
-          int STAGES, int PROGRAMS, bool WGMMA>
-__global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) entmax_attn_bwd_dq(const Params params) {
+          int STAGES, int PROGRAMS, bool WGMMA, bool BULK>
+__global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS)
+    entmax_attn_bwd_dq(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = 1;
   constexpr int ROWS = 16 * WARPS;
@@ -30,19 +31,15 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
   keep_place(MaskPlace{tile.first, tile.lengths}, scratch);
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
-  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
-  const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
-  const T* dout = head_of<T>(params.dout, tile.i_b, params.stride_ob, tile.i_h, params.stride_oh);
+  const Arrivals<BULK> arrivals(scratch);
   const signed char* live = params.live + tile.index * params.n_blocks;
   if (live[0] & ENTRY_TILE) return;
   const Rows rows = rows_that_see(tile.lengths, params.is_causal);
   const int n_whole = tile.everyone / BLOCK_N;
 
-  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, rows.low, rows.high, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
-  load_tile<T, D, ROWS, THREADS>(dout_tile, dout, tile.first, rows.low, rows.high, params.stride_om,
-                                    params.head_dim_v, params.aligned_o);
+  load_tile<T, D, ROWS, THREADS>(q_tile, rows_of_q<T>(params, tile.i_b, tile.i_h), tile.first, rows.low, rows.high);
+  load_tile<T, D, ROWS, THREADS>(dout_tile, rows_of_dout<T>(params, tile.i_b, tile.i_h), tile.first, rows.low,
+                                 rows.high);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -110,12 +107,11 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS) en
   clear(dq);
   clear(wk);
   using Loader = TileLoader<T, D, BLOCK_N, THREADS>;
-  const Loader keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn, params.head_dim, params.aligned_k);
-  const Loader values_loader(v_tiles, v, 0, tile.lengths.k, params.stride_vn, params.head_dim_v, params.aligned_v);
-  const TilePair loader(keys_loader, values_loader);
+  const Loader keys_loader(k_tiles, rows_of_k<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k);
+  const Loader values_loader(v_tiles, rows_of_v<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k);
   auto place = [&](int i) { return list[i] * BLOCK_N; };
-  auto load = [&](int first, int stage) { loader.load(stage, first); };
-  auto ahead = ahead_of(place, load);
+  auto load = [&](int first, int stage) { arrivals.load(stage, {first}, keys_loader, values_loader); };
+  auto ahead = ahead_of(arrivals, place, load);
   constexpr bool KEPT = CAN_KEEP<T, D> && !WGMMA && KEYS <= 16 && STAGES > 1;
   const LeftRows<T, D, M, KEPT> left_q(q_tile, warp_of() * 16 * M), left_dout(dout_tile, warp_of() * 16 * M);
 #pragma unroll
@@ -280,7 +276,7 @@ __device__ __forceinline__ int lost_keys(const Params& params, const KeyBlock& b
 // dk, dv or both, over the tiles of all heads of the group for which the block is live: no atomics, so that the bits are
 // the same each time. Keys are rows here, COLUMNS queries columns.
 template <bool DK, bool DV, class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES,
-          bool WGMMA>
+          bool WGMMA, bool BULK>
 __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& block, unsigned char* smem,
                                          int* scratch) {
   constexpr int THREADS = 32 * WARPS;
@@ -299,7 +295,9 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   float* deltas = taus + STAGES * COLUMNS;
   float* staging = deltas + STAGES * COLUMNS + warp_of() * STAGING<M, N>;
 
-  const Rows rows = rows_that_see(block.lengths, params.is_causal);
+  const Arrivals<BULK> arrivals(scratch);
+  constexpr bool KEPT = CAN_KEEP<T, D> && !WGMMA && COLUMNS <= 16 && D <= BOTH_KEPT_HEAD;
+  const LeftRows<T, D, M, KEPT> keys(k_tile, warp_of() * 16 * M), values(v_tile, warp_of() * 16 * M);
   float dk[DK ? M : 1][DK ? ND : 1][4], dv[DV ? M : 1][DV ? ND : 1][4];
   clear(dk);
   clear(dv);
@@ -363,27 +361,20 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
           }
         }
     };
-    using Loader = TileLoader<T, D, COLUMNS, THREADS>;
-    auto new_loader = [&]() {
-      const T* q = head_of<T>(params.q, block.i_b, params.stride_qb, i_h, params.stride_qh);
-      const T* dout = head_of<T>(params.dout, block.i_b, params.stride_ob, i_h, params.stride_oh);
-      return TilePair(
-          Loader(q_parts, q, rows.low, rows.high, params.stride_qm, params.head_dim, params.aligned_q),
-          Loader(dout_parts, dout, rows.low, rows.high, params.stride_om, params.head_dim_v, params.aligned_o));
-    };
-    // Kept where the registers have room.
-    const auto loader = new_loader();
     auto load = [&](int first, int stage) {
-      (WGMMA ? loader : new_loader()).load(stage, first);
-      const long long start = static_cast<long long>(head) * params.seqlen_q + first;
-      if (const int row = threadIdx.x; row < COLUMNS) {
-        const bool is_valid = first + row >= rows.low && first + row < rows.high;
-        const long long at = is_valid ? start + row : 0;
-        cp_async_4(taus + stage * COLUMNS + row, params.tau + at, is_valid);
-        cp_async_4(deltas + stage * COLUMNS + row, params.delta + at, is_valid);
-      }
+      using Loader = TileLoader<T, D, COLUMNS, THREADS>;
+      using Numbers = NumberLoader<COLUMNS>;
+      // Anew, where sums need the registers that would keep it.
+      const KeyBlock own = BULK || !WGMMA || D <= 64 ? block : key_block(params, kept_turn(scratch));
+      const Rows rows = rows_that_see(own.lengths, params.is_causal);
+      const long long start = static_cast<long long>(head) * params.seqlen_q;
+      const int i_h = own.i_kv * own.group + i_g;
+      arrivals.load(stage, {first}, Loader(q_parts, rows_of_q<T>(params, own.i_b, i_h), rows.low, rows.high),
+                    Loader(dout_parts, rows_of_dout<T>(params, own.i_b, i_h), rows.low, rows.high),
+                    Numbers(taus, params.tau + start, rows.low, rows.high),
+                    Numbers(deltas, params.delta + start, rows.low, rows.high));
     };
-    auto ahead = ahead_of(first_of, load);
+    auto ahead = ahead_of(arrivals, first_of, load);
     auto take_part = [&](int i, int stage) {
       float p[M][N][4], w[M][N][4], ds[M][N][4];
       if constexpr (WGMMA) {
@@ -392,11 +383,12 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         Packed<T, N> packed_p, packed_ds;
         begin_scores(p, Operand<T, D>(k_tile), q_part);
         ahead.ask();
-        begin_scores(ds, Operand<T, D>(v_tile), dout_part);
-        finish<1>(p);
+        finish<0>(p);
         shift(p, i, stage);
         weigh(p, w);
         pack(packed_p, p);
+        // Not before, as its sums would take the registers of p and w.
+        begin_scores(ds, Operand<T, D>(v_tile), dout_part);
         begin_accumulate(dv, packed_p, dout_part);
         finish<1>(ds);
         differentiate(ds, w, stage);
@@ -407,12 +399,8 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
       } else {
         const T* q_part = q_parts + stage * PART;
         const T* dout_part = dout_parts + stage * PART;
-        clear(p);
-        scores<T, D, M, N>(p, k_tile, warp_of() * 16 * M, q_part);
-        if constexpr (DK) {
-          clear(ds);
-          scores<T, D, M, N>(ds, v_tile, warp_of() * 16 * M, dout_part);
-        }
+        keys.multiply(p, q_part);
+        if constexpr (DK) values.multiply(ds, dout_part);
         shift(p, i, stage);
         weigh(p, w);
         if constexpr (DK) differentiate(ds, w, stage);
@@ -449,8 +437,8 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
 
 // dk and dv of one block of keys.
 template <class T, int D, int ALPHA, int BLOCK_M, int BLOCK_N, int COLUMNS, int WARPS, int STAGES, int PROGRAMS,
-          bool WGMMA>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(const Params params) {
+          bool WGMMA, bool BULK>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* k_tile = reinterpret_cast<T*>(smem);
@@ -459,12 +447,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
 
   const KeyBlock block = key_block(params, scratch);
   keep_place(MaskPlace{block.j * BLOCK_N, block.lengths}, scratch);
-  const T* k = head_of<T>(params.k, block.i_b, params.stride_kb, block.i_kv, params.stride_kh);
-  const T* v = head_of<T>(params.v, block.i_b, params.stride_vb, block.i_kv, params.stride_vh);
-  load_tile<T, D, BLOCK_N, THREADS>(k_tile, k, block.j * BLOCK_N, 0, block.lengths.k, params.stride_kn,
-                                    params.head_dim, params.aligned_k);
-  load_tile<T, D, BLOCK_N, THREADS>(v_tile, v, block.j * BLOCK_N, 0, block.lengths.k, params.stride_vn,
-                                    params.head_dim_v, params.aligned_v);
+  load_tile<T, D, BLOCK_N, THREADS>(k_tile, rows_of_k<T>(params, block.i_b, block.i_kv), block.j * BLOCK_N, 0,
+                                    block.lengths.k);
+  load_tile<T, D, BLOCK_N, THREADS>(v_tile, rows_of_v<T>(params, block.i_b, block.i_kv), block.j * BLOCK_N, 0,
+                                    block.lengths.k);
   cp_async_commit();
   const int bits = live_bits<WARPS>(params, block, scratch);
   cp_async_wait<0>();
@@ -475,11 +461,14 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_bwd_dkv(cons
   __syncthreads();
   apply_sign<T, D, BLOCK_N, THREADS>(k_tile, params.sign);
   if constexpr (D <= 128) {
-    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
+    dkv_pass<true, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA, BULK>(
+        params, block, smem, scratch);
   } else {
     // Both sums together would not fit into the registers.
-    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
-    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA>(params, block, smem, scratch);
+    dkv_pass<false, true, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA, BULK>(
+        params, block, smem, scratch);
+    dkv_pass<true, false, T, D, ALPHA, BLOCK_M, BLOCK_N, COLUMNS, WARPS, STAGES, WGMMA, BULK>(
+        params, block, smem, scratch);
   }
 }
 
@@ -499,15 +488,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
 
   const QueryTile tile = query_tile<BLOCK_M, BLOCK_M / ROWS>(params);
   const float c = tile.exponent * params.scale;
-  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
-  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const HeadRows<T> k = rows_of_k<T>(params, tile.i_b, tile.i_kv);
   const signed char* live = params.live + tile.index * params.n_blocks;
   signed char* map = params.block_map +
                      static_cast<long long>(tile.i_b * params.heads_q + tile.i_h) * params.map_rows *
                          params.map_columns;
 
-  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
+  load_tile<T, D, ROWS, THREADS>(q_tile, rows_of_q<T>(params, tile.i_b, tile.i_h), tile.first, 0, params.seqlen_q);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -526,8 +513,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_support(cons
       [&](int count) {
         auto place = [&](int i) { return list[i] * BLOCK_N; };
         auto load = [&](int first, int stage) {
-          load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, first, 0, tile.lengths.k,
-                                            params.stride_kn, params.head_dim, params.aligned_k);
+          load_tile<T, D, BLOCK_N, THREADS>(k_tiles + stage * BLOCK_N * D, k, first, 0, tile.lengths.k);
         };
         pipeline<STAGES>(
             count, ahead_of(place, load), [&](int i, int stage) {

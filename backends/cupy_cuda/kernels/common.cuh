@@ -26,8 +26,9 @@ constexpr int INIT_STEPS = 4;
 // Added to `counts` by refine where a row of the tile has no tau.
 constexpr int BAD_TILE = 1 << 30;
 
-// As backend.py lays it out: eight bytes first, then four. Strides are in elements.
+// As backend.py lays it out: maps first, then eight bytes, then four. Strides are in elements.
 struct Params {
+  TensorMap map_of_q, map_of_k, map_of_v, map_of_o;
   const void* q;
   const void* k;
   const void* v;
@@ -71,6 +72,7 @@ struct Params {
   int map_m, map_n, map_rows, map_columns;
   int by_entries;  // whether tiles may be entry tiles
   int n_row_tiles, n_splits, n_slots, split, slot;  // decode.cu
+  int heads_apart_q, heads_apart_k, heads_apart_v, heads_apart_o;  // two sequences, in a map
 };
 
 struct alignas(16) Vec4 {
@@ -290,6 +292,57 @@ __device__ __forceinline__ const T* head_of(const void* base, long long i_b, lon
   return static_cast<const T*>(base) + i_b * stride_b + i_h * stride_h;
 }
 
+// The rows of one head, and where a map has them.
+template <class T>
+struct HeadRows {
+  const T* base;
+  long long stride;
+  int width;
+  bool is_aligned;
+  const TensorMap* map;
+  int i_head;
+};
+
+template <class T>
+__device__ __forceinline__ HeadRows<T> rows_of_q(const Params& params, int i_b, int i_h) {
+  return {head_of<T>(params.q, i_b, params.stride_qb, i_h, params.stride_qh),
+          params.stride_qm,
+          params.head_dim,
+          params.aligned_q != 0,
+          &params.map_of_q,
+          i_b * params.heads_apart_q + i_h};
+}
+
+template <class T>
+__device__ __forceinline__ HeadRows<T> rows_of_k(const Params& params, int i_b, int i_kv) {
+  return {head_of<T>(params.k, i_b, params.stride_kb, i_kv, params.stride_kh),
+          params.stride_kn,
+          params.head_dim,
+          params.aligned_k != 0,
+          &params.map_of_k,
+          i_b * params.heads_apart_k + i_kv};
+}
+
+template <class T>
+__device__ __forceinline__ HeadRows<T> rows_of_v(const Params& params, int i_b, int i_kv) {
+  return {head_of<T>(params.v, i_b, params.stride_vb, i_kv, params.stride_vh),
+          params.stride_vn,
+          params.head_dim_v,
+          params.aligned_v != 0,
+          &params.map_of_v,
+          i_b * params.heads_apart_v + i_kv};
+}
+
+template <class T>
+__device__ __forceinline__ HeadRows<T> rows_of_dout(const Params& params, int i_b, int i_h) {
+  return {head_of<T>(params.dout, i_b, params.stride_ob, i_h, params.stride_oh),
+          params.stride_om,
+          params.head_dim_v,
+          params.aligned_o != 0,
+          &params.map_of_o,
+          i_b * params.heads_apart_o + i_h};
+}
+
 // ---- tiles in shared memory: rows of D numbers in chunks of 16 bytes, each eight chunks permuted by the row, so that
 // the same chunk of eight rows lies in different banks. Of rows of 256 bytes the two halves of eight rows lie apart, as
 // wgmma reads them; tiles start at multiples of 1024 bytes for it.
@@ -326,10 +379,17 @@ constexpr int COPIES = 8;
 constexpr int KEPT_HEAD = 128;
 #endif
 
-// Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read.
-template <class T, int D, int ROWS, int THREADS>
-__device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int low, int high, long long stride,
-                                          int width, bool is_aligned) {
+// Of two such operands, as dkv has them, some compilers spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int BOTH_KEPT_HEAD = 64;
+#else
+constexpr int BOTH_KEPT_HEAD = KEPT_HEAD;
+#endif
+
+// Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read. FAST: in fewer
+// instructions where the rows lie whole inside the memory, for which some kernels have no registers.
+template <class T, int D, int ROWS, int THREADS, bool FAST = sizeof(T) == 2 && D <= 128>
+__device__ __forceinline__ void load_tile(T* tile, const HeadRows<T>& rows, int first, int low, int high) {
   static_assert(THREADS % CHUNKS<T, D> == 0 || CHUNKS<T, D> % THREADS == 0);
   constexpr int STEP = THREADS > CHUNKS<T, D> ? THREADS / CHUNKS<T, D> : 1;
   // One address a thread; what is added to it is the same for all threads.
@@ -339,13 +399,21 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
   const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>;
   auto load = [&](int chunk) {
     const int column = chunk * PER_CHUNK<T>;
-    const T* from = base + first * stride + (row * stride + column);
-    auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < width; };
-    if (is_aligned) {
+    const T* from = rows.base + first * rows.stride + (row * rows.stride + column);
+    auto is_valid = [&](int i) { return row + first >= low - i && row + first < high - i && column < rows.width; };
+    const bool is_whole = rows.is_aligned && rows.width >= D && first >= low && first <= high - ROWS;
+    if (FAST && STEP % 8 == 0 && ROWS % STEP == 0 && is_whole) {
+      // Each address is made of the one before: copies that are asked for one right behind the other hold up the products.
+#pragma unroll(COPIES)
+      for (int i = 0; i < ROWS; i += STEP) {
+        if (i > 0) from = bytes_behind(from, static_cast<unsigned>(rows.stride), STEP * sizeof(T));
+        cp_async_16(tile + place(row, i, chunk), from, true);
+      }
+    } else if (rows.is_aligned) {
 #pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
-        cp_async_16(tile + place(row, i, chunk), is_valid(i) ? from + i * stride : base, is_valid(i));
+        cp_async_16(tile + place(row, i, chunk), is_valid(i) ? from + i * rows.stride : rows.base, is_valid(i));
       }
     } else {
       // Rolled, because many loads under way would need as many registers.
@@ -355,7 +423,7 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
         T* to = tile + place(row, i, chunk);
 #pragma unroll
         for (int e = 0; e < PER_CHUNK<T>; e++)
-          to[e] = is_valid(i) && column + e < width ? from[i * stride + e] : from_float<T>(0.0f);
+          to[e] = is_valid(i) && column + e < rows.width ? from[i * rows.stride + e] : from_float<T>(0.0f);
       }
     }
   };
@@ -367,105 +435,144 @@ __device__ __forceinline__ void load_tile(T* tile, const T* base, int first, int
   }
 }
 
-// The same, to one of several tiles, in few instructions where the rows lie whole inside the memory. This thread's place
-// in the tiles is worked out once, and with KEEPS its place in the memory, too, for two registers more.
-template <class T, int D, int ROWS, int THREADS, bool KEEPS = false>
-class TileLoader {
-  static constexpr int STEP = THREADS / CHUNKS<T, D>;
+// Rows that a box of a map has (backend.py).
+constexpr int BOX_ROWS = 64;
 
+// Tiles of a head's rows from low to high; what else a tile has is 0.
+template <class T, int D, int ROWS, int THREADS>
+class TileLoader {
   T* tiles;
-  const T* base;
+  HeadRows<T> rows;
   int low, high;
-  long long stride;
-  int width;
-  bool is_aligned;
-  const T* from;     // this thread's first chunk, of the rows from 0 on
-  T* to;             // and of the first tile
-  unsigned n_whole;  // tiles that begin less than so many rows behind `low` are whole
 
  public:
-  static constexpr int WIDTH = D;
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  static constexpr bool HAS_WHOLE = D <= 128 && STEP % 8 == 0 && ROWS % STEP == 0;
-#else
-  static constexpr bool HAS_WHOLE = false;
-#endif
+  static constexpr int BYTES = TILE_BYTES<T, D, ROWS>;
 
-  // The arguments are those of load_tile. The stride of rows that are aligned is below 2 ** 31 (backend.py).
-  __device__ __forceinline__ TileLoader(T* tiles, const T* base, int low, int high, long long stride, int width,
-                                        bool is_aligned)
-      : tiles(tiles), base(base), low(low), high(high), stride(stride), width(width), is_aligned(is_aligned) {
-    if constexpr (HAS_WHOLE) {
-      const int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>, chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
-      from = base + (row * stride + chunk * PER_CHUNK<T>);
-      to = tiles + place_of<T, D>(row, chunk);
-      n_whole = is_aligned && width >= D ? static_cast<unsigned>(max(high - ROWS + 1 - low, 0)) : 0;
-      if constexpr (KEEPS) keep(from);
-      keep(to);
-      keep(n_whole);
+  __device__ __forceinline__ TileLoader(T* tiles, const HeadRows<T>& rows, int low, int high)
+      : tiles(tiles), rows(rows), low(low), high(high) {}
+
+  __device__ __forceinline__ bool is_whole(int first) const { return first >= low && first <= high - ROWS; }
+
+  // By the threads.
+  __device__ __forceinline__ void load(int i_tile, int first) const {
+    load_tile<T, D, ROWS, THREADS>(tiles + i_tile * ROWS * D, rows, first, low, high);
+  }
+
+  // The same, of rows that a map has, in few instructions.
+  __device__ __forceinline__ void load_part(int i_tile, int first) const {
+    T* tile = tiles + i_tile * ROWS * D;
+    const int chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>; row < ROWS; row += THREADS / CHUNKS<T, D>) {
+      const bool is_valid = first + row >= low && first + row < high;
+      const T* from = rows.base + (is_valid ? (first + row) * rows.stride + chunk * PER_CHUNK<T> : 0);
+      cp_async_16(tile + place_of<T, D>(row, chunk), from, is_valid);
     }
   }
 
-  __device__ __forceinline__ void load(int i_tile, int first) const { load_group<1>(i_tile, {first}); }
-
-  // The next tiles, too.
-  template <int GROUP>
-  __device__ __forceinline__ void load_group(int i_tile, const int (&firsts)[GROUP]) const {
-    bool are_whole = HAS_WHOLE;
+  // By the bulk copy engine, where the tile is whole.
+  __device__ __forceinline__ void copy(int i_tile, int first, unsigned long long* arrival) const {
 #pragma unroll
-    for (int i = 0; i < GROUP; i++) are_whole &= is_whole(firsts[i]);
-#pragma unroll
-    for (int i = 0; i < GROUP && are_whole; i++) load_whole(i_tile + i, firsts[i]);
-#pragma unroll
-    for (int i = 0; i < GROUP && !are_whole; i++) load_any(i_tile + i, firsts[i]);
-  }
-
- private:
-  template <class A, class B>
-  friend class TilePair;
-
-  __device__ __forceinline__ bool is_whole(int first) const { return static_cast<unsigned>(first - low) < n_whole; }
-
-  __device__ __forceinline__ void load_whole(int i_tile, int first) const {
-    const unsigned step = static_cast<unsigned>(stride) * static_cast<unsigned>(sizeof(T));
-    const T* rows = bytes_behind(from, first, step);
-    // Each address is made of the one before: copies that are asked for one right behind the other hold up the products.
-#pragma unroll
-    for (int i = 0; i < ROWS; i += STEP) {
-      if (i > 0) rows = bytes_behind(rows, step, STEP);
-      cp_async_16(to + (i_tile * ROWS + i) * D, rows, true);
-    }
-  }
-
-  __device__ __forceinline__ void load_any(int i_tile, int first) const {
-    load_tile<T, D, ROWS, THREADS>(tiles + i_tile * ROWS * D, base, first, low, high, stride, width, is_aligned);
+    for (int row = 0; row < ROWS; row += BOX_ROWS)
+      bulk_copy_rows(tiles + (i_tile * ROWS + row) * D, *rows.map, (first + row) / 8, rows.i_head, arrival);
   }
 };
 
-// The same rows of two.
-template <class A, class B>
-class TilePair {
-  A a;
-  B b;
-
-  static constexpr bool HAS_WHOLE = A::HAS_WHOLE && B::HAS_WHOLE && A::WIDTH == B::WIDTH;
+// The same of a number for each row.
+template <int ROWS>
+class NumberLoader {
+  float* to;
+  const float* from;
+  int low, high;
 
  public:
-  __device__ __forceinline__ TilePair(const A& first, const B& second) : a(first), b(second) {
-    if constexpr (HAS_WHOLE) {
-      a.n_whole = min(a.n_whole, b.n_whole);
-      keep(a.n_whole);
-      b.to = a.to + (b.tiles - a.tiles);
+  static constexpr int BYTES = ROWS * static_cast<int>(sizeof(float));
+
+  __device__ __forceinline__ NumberLoader(float* to, const float* from, int low, int high)
+      : to(to), from(from), low(low), high(high) {}
+
+  __device__ __forceinline__ bool is_whole(int first) const { return first >= low && first <= high - ROWS; }
+
+  __device__ __forceinline__ void load(int i_tile, int first) const {
+    const int row = static_cast<int>(threadIdx.x);
+    if (row >= ROWS) return;
+    const bool is_valid = first + row >= low && first + row < high;
+    cp_async_4(to + i_tile * ROWS + row, from + (is_valid ? first + row : 0), is_valid);
+  }
+
+  __device__ __forceinline__ void load_part(int i_tile, int first) const { load(i_tile, first); }
+
+  __device__ __forceinline__ void copy(int i_tile, int first, unsigned long long* arrival) const {
+    bulk_copy(to + i_tile * ROWS, from + first, BYTES, arrival);
+  }
+};
+
+// Mbarriers of a pipeline's stages, which tell when the bulk copy engine has brought what was asked for; with BULK false
+// there are none, and threads copy.
+template <bool BULK>
+class Arrivals {
+  unsigned long long* of_stages;
+
+ public:
+  static constexpr bool ARE_USED = BULK;
+
+  // In numbers of `scratch` that nothing else has.
+  __device__ __forceinline__ explicit Arrivals(void* scratch)
+      : of_stages(static_cast<unsigned long long*>(scratch) + 4) {}
+
+  __device__ __forceinline__ unsigned long long* of(int stage) const { return of_stages + stage; }
+
+  // From here on the engine may write where threads have read and written.
+  template <int STAGES>
+  __device__ __forceinline__ void begin() const {
+    static_assert(STAGES <= 4);
+    if constexpr (BULK) {
+      wgmma_proxy_fence();
+      __syncthreads();
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; stage++) mbarrier_init(of(stage));
+        wgmma_proxy_fence();
+      }
     }
   }
 
-  __device__ __forceinline__ void load(int i_tile, int first) const {
-    if (HAS_WHOLE && a.is_whole(first)) {
-      a.load_whole(i_tile, first);
-      b.load_whole(i_tile, first);
+  // After a barrier.
+  template <int STAGES>
+  __device__ __forceinline__ void end() const {
+    if constexpr (BULK) {
+      if (threadIdx.x == 0) {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; stage++) mbarrier_invalidate(of(stage));
+      }
+    }
+  }
+
+  // Asks for what a stage needs of each loader: GROUP tiles, which begin at `firsts`.
+  template <int GROUP, class... Loaders>
+  __device__ __forceinline__ void load(int stage, const int (&firsts)[GROUP], const Loaders&... loaders) const {
+    if constexpr (BULK) {
+      bool are_whole = true;
+#pragma unroll
+      for (int i = 0; i < GROUP; i++) are_whole &= (loaders.is_whole(firsts[i]) && ...);
+      if (are_whole) {
+        if (threadIdx.x == 0) {
+          mbarrier_arrive(of(stage), GROUP * (Loaders::BYTES + ...));
+#pragma unroll
+          for (int i = 0; i < GROUP; i++) (loaders.copy(GROUP * stage + i, firsts[i], of(stage)), ...);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < GROUP; i++) (loaders.load_part(GROUP * stage + i, firsts[i]), ...);
+        cp_async_commit();
+        cp_async_wait<0>();
+        wgmma_proxy_fence();
+        // What the others have copied they see behind the next barrier.
+        if (threadIdx.x == 0) mbarrier_arrive(of(stage), 0);
+      }
     } else {
-      a.load_any(i_tile, first);
-      b.load_any(i_tile, first);
+#pragma unroll
+      for (int i = 0; i < GROUP; i++) (loaders.load(GROUP * stage + i, firsts[i]), ...);
     }
   }
 };
@@ -706,16 +813,18 @@ __device__ __forceinline__ void for_listed(int n, int* list, int* scratch, IsLis
 
 // load(first, stage), for a later compute, of what place(i) says: its instructions are for the time in which the first
 // products of this one are under way. EARLY: place(i) is asked a compute before, as it waits for global memory.
-template <bool EARLY, class Place, class Load>
+template <bool EARLY, bool BULK, class Place, class Load>
 class Ahead {
   const Place& place;
   const Load& load;
   decltype(place(0)) first{};
 
  public:
+  const Arrivals<BULK> arrivals;
   int i = 0, n = 0, stage = 0;  // which is due, of how many, and where it goes
 
-  __device__ __forceinline__ Ahead(const Place& place, const Load& load) : place(place), load(load) {}
+  __device__ __forceinline__ Ahead(const Arrivals<BULK>& arrivals, const Place& place, const Load& load)
+      : place(place), load(load), arrivals(arrivals) {}
 
   // Of the first n, more than 0.
   __device__ __forceinline__ void find() {
@@ -724,15 +833,21 @@ class Ahead {
 
   __device__ __forceinline__ void ask() {
     if (i < n) load(EARLY ? first : place(i), stage);
-    cp_async_commit();
+    if constexpr (!BULK) cp_async_commit();
     i++;
     find();
   }
 };
 
-template <bool EARLY = false, class Place, class Load>
-__device__ __forceinline__ Ahead<EARLY, Place, Load> ahead_of(const Place& place, const Load& load) {
-  return Ahead<EARLY, Place, Load>(place, load);
+template <bool EARLY = false, bool BULK, class Place, class Load>
+__device__ __forceinline__ Ahead<EARLY, BULK, Place, Load> ahead_of(const Arrivals<BULK>& arrivals, const Place& place,
+                                                                    const Load& load) {
+  return Ahead<EARLY, BULK, Place, Load>(arrivals, place, load);
+}
+
+template <class Place, class Load>
+__device__ __forceinline__ Ahead<false, false, Place, Load> ahead_of(const Place& place, const Load& load) {
+  return ahead_of(Arrivals<false>(nullptr), place, load);
 }
 
 struct Itself {
@@ -745,9 +860,13 @@ struct Itself {
 // a compute finishes its own, and asks `ahead` for the load that is due.
 template <int STAGES, bool WGMMA = false, int LAG = 0, class Loads, class Compute>
 __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& compute) {
+  constexpr bool BULK = decltype(ahead.arrivals)::ARE_USED;
   constexpr int AHEAD = STAGES - 1 - LAG;
   static_assert(AHEAD > 0 || STAGES == 1);
+  static_assert(!BULK || (WGMMA && STAGES > 1));
   if (n <= 0) return;
+  const int all = n;
+  ahead.arrivals.template begin<STAGES>();
   ahead.i = 0;
   ahead.n = n;
   ahead.find();
@@ -756,17 +875,24 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
     ahead.stage = i;
     ahead.ask();
   }
-  int next = 0;
+  int i = 0, stage = 0, round = 0;
+  auto go_on = [&]() {
+    i++;
+    if (stage == STAGES - 1) round ^= 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  };
 #pragma unroll 1
-  for (int i = 0; i < n; i++) {
-    const int stage = STAGES == 2 ? i % 2 : next;
+  while (i < n) {
     if constexpr (STAGES == 1) {
       __syncthreads();
       ahead.ask();
     }
-    cp_async_wait<STAGES == 1 ? 0 : AHEAD - 1>();
-    if constexpr (WGMMA) wgmma_proxy_fence();
+    if constexpr (!BULK) {
+      cp_async_wait<STAGES == 1 ? 0 : AHEAD - 1>();
+      if constexpr (WGMMA) wgmma_proxy_fence();
+    }
     __syncthreads();
+    if constexpr (BULK) mbarrier_wait(ahead.arrivals.of(stage), round);
     if constexpr (STAGES > 1) {
       ahead.n = n;
       ahead.i = i + AHEAD;
@@ -774,8 +900,13 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
       if constexpr (!WGMMA) ahead.ask();
     }
     compute(i, stage);
-    next = stage == STAGES - 1 ? 0 : stage + 1;
+    go_on();
   }
-  cp_async_wait<0>();
+  if constexpr (BULK) {
+    for (const int asked = min(i + AHEAD, all); i < asked; go_on()) mbarrier_wait(ahead.arrivals.of(stage), round);
+  } else {
+    cp_async_wait<0>();
+  }
   __syncthreads();
+  ahead.arrivals.template end<STAGES>();
 }

@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
   const int group = params.heads_q / params.heads_kv, n_rows = group * params.seqlen_q, first_row = i_tile * ROWS;
   const Lengths lengths = lengths_of(params, i_b);
   const T* q = head_of<T>(params.q, i_b, params.stride_qb, i_kv * group, params.stride_qh);
-  const T* k = head_of<T>(params.k, i_b, params.stride_kb, i_kv, params.stride_kh);
+  const HeadRows<T> k = rows_of_k<T>(params, i_b, i_kv);
   const int row_maxima = params.n_slots * GROUPS;
   float* maxima = params.maxima + (static_cast<long long>(i_unit) * n_rows + first_row) * row_maxima;
   if (i_split == 0 && i_tile == 0 && threadIdx.x == 0) params.flags[i_unit] = 0;
@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(32 * SCAN_WARPS, PROGRAMS) entmax_attn_decode_
             return row < n_rows ? from : nullptr;
           });
         }
-        load_tile<T, D, KEYS, THREADS>(k_tiles + stage * KEYS * D, k, (begin + i) * KEYS, 0, lengths.k,
-                                       params.stride_kn, params.head_dim, params.aligned_k);
+        load_tile<T, D, KEYS, THREADS, false>(k_tiles + stage * KEYS * D, k, (begin + i) * KEYS, 0, lengths.k);
       }),
       [&](int i, int stage) {
         const int j = begin + i, first = j * KEYS + warp_of() * 8 * N;

@@ -329,15 +329,19 @@ struct KeyBlock {
   Lengths lengths;
 };
 
-// With PARTS, so many programs share a block.
-template <int PARTS = 1>
-__device__ __forceinline__ KeyBlock key_block(const Params& params, int* scratch) {
+__device__ __forceinline__ KeyBlock key_block(const Params& params, Turn turn) {
   KeyBlock block;
-  const Turn turn = keep_turn(turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_blocks), scratch);
   block.j = turn.i;
   block.i_b = turn.i_bh / params.heads_kv;
   block.i_kv = turn.i_bh % params.heads_kv;
   block.group = params.heads_q / params.heads_kv;
   block.lengths = lengths_of(params, block.i_b);
   return block;
+}
+
+// With PARTS, so many programs share a block.
+template <int PARTS = 1>
+__device__ __forceinline__ KeyBlock key_block(const Params& params, int* scratch) {
+  const Turn turn = turn_of(params, blockIdx.x / PARTS, gridDim.x / PARTS, params.n_blocks);
+  return key_block(params, keep_turn(turn, scratch));
 }

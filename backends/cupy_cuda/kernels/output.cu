@@ -56,12 +56,17 @@ __device__ __forceinline__ bool pack_weights(Packed<T, N>& packed_p, Packed<T, N
   return add_sums(f, g, added_f, added_g);
 }
 
+// Two sums and two numbers for each score are more than the registers of three programs have room for.
+template <class T, int PROGRAMS, int ALPHA>
+constexpr int PROGRAMS_OF = PROGRAMS > 2 && IS_HALF<T> && !IS_BF16<T> && ALPHA != ALPHA_1_5 ? 2 : PROGRAMS;
+
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
 // is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and the
 // slope, sum w, is that of the step before. KEYS keys are multiplied at once; values wider than DV are taken in parts.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
-          bool WGMMA>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(const Params params) {
+          bool WGMMA, bool BULK>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
+    entmax_attn_fwd_output(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = 1;
   constexpr int ROWS = 16 * WARPS;
@@ -83,14 +88,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
   auto tile_again = [&]() { return query_tile<BLOCK_M, PARTS>(params, kept_turn(scratch)); };
   if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
-  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
-  const T* v = head_of<T>(params.v, tile.i_b, params.stride_vb, tile.i_kv, params.stride_vh);
+  const HeadRows<T> q = rows_of_q<T>(params, tile.i_b, tile.i_h);
+  const Arrivals<BULK> arrivals(scratch);
   const int* list = params.list + tile.index * params.n_blocks;
   keep(list);
 
-  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                 params.aligned_q);
+  load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q);
   cp_async_commit();
   wait_for_kernel_before();
   const int counted = params.counts[tile.index];
@@ -111,8 +114,6 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     tau[i] = row < params.seqlen_q ? params.tau[tile.row + row] : infinity();
   }
 
-  const TileLoader<T, D, BLOCK_N, THREADS> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn, params.head_dim,
-                                                       params.aligned_k);
   // The i-th of the listed blocks, from its key `first` on.
   auto mask = [&](float(&s)[M][N][4], int i, int first) {
     if (i < whole) return;
@@ -133,12 +134,17 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_output(c
     clear(wv);
 #pragma unroll
     for (int row = 0; row < R; row++) f[row] = g[row] = 0;
-    const TileLoader<T, DV, BLOCK_N, THREADS> values_loader(v_tiles, v + from, 0, tile.lengths.k, params.stride_vn,
-                                                            width, params.aligned_v);
-    const TilePair loader(keys_loader, values_loader);
     auto place = [&](int i) { return load_kept(list, i) * BLOCK_N; };
-    auto load = [&](int first, int stage) { loader.load(stage, first); };
-    auto ahead = ahead_of<true>(place, load);
+    auto load = [&](int first, int stage) {
+      const QueryTile own = BULK ? tile : tile_again();
+      HeadRows<T> v = rows_of_v<T>(params, own.i_b, own.i_kv);
+      v.base += from;
+      v.width = width;
+      const HeadRows<T> k = rows_of_k<T>(params, own.i_b, own.i_kv);
+      arrivals.load(stage, {first}, TileLoader<T, D, BLOCK_N, THREADS>(k_tiles, k, 0, own.lengths.k),
+                    TileLoader<T, DV, BLOCK_N, THREADS>(v_tiles, v, 0, own.lengths.k));
+    };
+    auto ahead = ahead_of<true>(arrivals, place, load);
     // out += p v, and wv += w v where it is needed.
     auto begin_sums = [&](const Packed<T, N>& p, const Packed<T, N>& w, int stage) {
       const Operand<T, DV> values = Operand<T, DV>(v_tiles).from(stage * BLOCK_N);

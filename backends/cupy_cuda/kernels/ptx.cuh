@@ -237,6 +237,59 @@ __device__ __forceinline__ void wgmma_columns(float (&d)[16][4], const unsigned 
 #undef MULTIPLY_AS
 #undef ROWS
 
+// ---- the bulk copy engine (sm_90a): one thread asks, and an mbarrier in shared memory tells all when the bytes are there
+
+// What the engine knows of a tensor: CUtensorMap of the driver's API (launcher.py), in the kernel's argument.
+struct alignas(64) TensorMap {
+  unsigned long long words[16];
+};
+
+// A phase ends when one thread has arrived and the bytes that it announced are there.
+__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// Its memory may have another use then.
+__device__ __forceinline__ void mbarrier_invalidate(unsigned long long* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Until the phase of this parity, 0 for the first one, has ended.
+__device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, unsigned parity) {
+  asm volatile(
+      "{\n.reg .pred has_ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 has_ended, [%0], %1;\n"
+      "@!has_ended bra again;\n}" ::"r"(smem_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Both at multiples of 16 bytes, and so many.
+__device__ __forceinline__ void bulk_copy(void* smem, const void* global, int bytes, unsigned long long* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   smem_address(smem)),
+               "l"(global), "r"(bytes), "r"(smem_address(barrier))
+               : "memory");
+}
+
+// The box of rows that begins with a group of eight of them, of a head.
+__device__ __forceinline__ void bulk_copy_rows(void* smem, const TensorMap& map, int i_group, int i_head,
+                                               unsigned long long* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%2, %2, %2, %3, %4}], [%5];" ::"r"(smem_address(smem)),
+      "l"(&map), "r"(0), "r"(i_group), "r"(i_head), "r"(smem_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 // Keeps in registers what would otherwise be worked out anew where it is used.
 template <class V>
 __device__ __forceinline__ void keep(V*& pointer) {

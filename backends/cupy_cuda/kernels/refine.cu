@@ -228,15 +228,15 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
 // Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 with
 // the slope, sum w, of the last step here. KEYS keys are multiplied at once.
 template <class T, int D, int ALPHA, bool ENTRIES, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
-          int PROGRAMS, bool WGMMA>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(const Params params) {
+          int PROGRAMS, bool WGMMA, bool BULK>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
   constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
   constexpr int RING = STAGES * BLOCK_N * D;
   // So many blocks are taken at once, because the loops' own instructions are many.
-  constexpr int GROUP = WGMMA && D <= 64 && STAGES % 2 == 0 ? 2 : 1;
+  constexpr int GROUP = BULK && D <= 64 && STAGES % 2 == 0 ? 2 : 1;
   constexpr int SPAN = GROUP * N;
   static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
@@ -253,14 +253,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   // So that no register keeps it through the loops.
   auto tile_again = [&]() { return query_tile<BLOCK_M>(params, kept_turn(kept)); };
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const Arrivals<BULK> arrivals(scratch);
   const int n_whole = tile.everyone / BLOCK_N;
 
   LeftRows<T, D, M, CAN_KEEP<T, D>> queries;
   auto load_queries = [&](const QueryTile& tile) {
-    const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
-    load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                      params.aligned_q);
+    const HeadRows<T> q = rows_of_q<T>(params, tile.i_b, tile.i_h);
+    load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
@@ -290,8 +289,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   if (params.live)
     fill<THREADS, signed char>(params.live + tile.index * params.n_blocks, params.n_blocks, has_bad ? HAS_NAN : 0);
 
-  const TileLoader<T, D, BLOCK_N, THREADS, (D > 64)> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
-                                                                 params.head_dim, params.aligned_k);
+  const TileLoader<T, D, BLOCK_N, THREADS> keys_loader(k_tiles, rows_of_k<T>(params, tile.i_b, tile.i_kv), 0,
+                                                       tile.lengths.k);
   struct Firsts {
     int keys[GROUP];
   };
@@ -304,9 +303,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     return firsts;
   };
   auto load = [&](const Firsts& firsts, int stage) {
-    keys_loader.template load_group<GROUP>(GROUP * stage, firsts.keys);
+    arrivals.load(stage, firsts.keys, keys_loader);
   };
-  auto ahead = ahead_of<true>(place, load);
+  auto ahead = ahead_of<true>(arrivals, place, load);
   int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, n_whole);
   auto of_block = [](float(&s)[M][SPAN][4], int i_block) -> float(&)[M][N][4] {
     return reinterpret_cast<float(&)[M][N][4]>(s[0][i_block * N]);

@@ -155,8 +155,8 @@ __device__ __forceinline__ float bound_by_histogram(int* bins, const float (&kep
 // Of each row the KEPT largest maxima of each of four interleaved sets of keys stay in registers. tau of that subset of
 // the scores, raised on the way, is the bound that later blocks must pass.
 template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
-          int PROGRAMS, bool WGMMA>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const Params params) {
+          int PROGRAMS, bool WGMMA, bool BULK>
+__global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
   constexpr int N = KEYS / 8;
@@ -174,14 +174,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   const QueryTile tile = query_tile<BLOCK_M>(params);
   if (!is_asked_for(params, tile.i_b, tile.i_kv)) return wait_for_kernel_before();
   const float c = tile.exponent * params.scale, r = 1 / tile.exponent;
-  const T* q = head_of<T>(params.q, tile.i_b, params.stride_qb, tile.i_h, params.stride_qh);
-  const T* k = head_of<T>(params.k, tile.i_b, params.stride_kb, tile.i_kv, params.stride_kh);
+  const HeadRows<T> q = rows_of_q<T>(params, tile.i_b, tile.i_h), k = rows_of_k<T>(params, tile.i_b, tile.i_kv);
+  const Arrivals<BULK> arrivals(scratch);
   const long long words_per_tile = (params.n_blocks + WORD - 1) / WORD;
   unsigned* words = params.words + tile.index * words_per_tile;
   int* list = params.list + tile.index * params.n_blocks;
 
-  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q, params.stride_qm, params.head_dim,
-                                    params.aligned_q);
+  load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q);
   cp_async_commit();
   fill<THREADS>(words, static_cast<int>(words_per_tile), 0u);
   cp_async_wait<0>();
@@ -269,11 +268,10 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       is_positive = !any_sync(has_negative);
     }
   };
-  const TileLoader<T, D, KEYS, THREADS, true> keys_loader(k_tiles, k, 0, tile.lengths.k, params.stride_kn,
-                                                          params.head_dim, params.aligned_k);
+  const TileLoader<T, D, KEYS, THREADS> keys_loader(k_tiles, k, 0, tile.lengths.k);
   auto place = [&](int i) { return step_of(i) * KEYS; };
-  auto load = [&](int first, int stage) { keys_loader.load(stage, first); };
-  auto ahead = ahead_of(place, load);
+  auto load = [&](int first, int stage) { arrivals.load(stage, {first}, keys_loader); };
+  auto ahead = ahead_of(arrivals, place, load);
   auto take_keys = [&](int i, int stage) {
     float s[M][N][4];
     if constexpr (WGMMA) {

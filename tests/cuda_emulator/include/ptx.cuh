@@ -11,6 +11,11 @@ struct bf16 {
     unsigned short bits;
 };
 
+// As __init__.py packs it.
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
+};
+
 template <class T>
 constexpr bool IS_BF16 = std::is_same_v<T, bf16>;
 
@@ -65,6 +70,12 @@ void begin_step(const Step& step, Site site);
 void commit_steps();
 void wait_for_steps(int groups, Site site);
 void fence_proxy();
+void init_mbarrier(const void* mbarrier, Site site);
+void invalidate_mbarrier(const void* mbarrier, Site site);
+void arrive_at_mbarrier(const void* mbarrier, int bytes, Site site);
+void wait_for_mbarrier(const void* mbarrier, unsigned parity, Site site);
+void copy_bulk(void* shared, const void* global, int bytes, const void* mbarrier, Site site);
+void copy_box(void* shared, const TensorMap& map, int i_group, int i_head, const void* mbarrier, Site site);
 void wait_for_kernel();
 void let_kernel_begin();
 uint64_t operand(const void* tile, int stride, int leading, Site site);
@@ -169,6 +180,25 @@ template <class T, bool ADDS, int N>
 inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned long long b, EMULATOR_SITE) {
     emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, IS_BF16<T>, ADDS}, site);
 }
+
+inline void mbarrier_init(unsigned long long* barrier, EMULATOR_SITE) { emulator::init_mbarrier(barrier, site); }
+inline void mbarrier_invalidate(unsigned long long* barrier, EMULATOR_SITE) {
+    emulator::invalidate_mbarrier(barrier, site);
+}
+inline void mbarrier_arrive(unsigned long long* barrier, int bytes, EMULATOR_SITE) {
+    emulator::arrive_at_mbarrier(barrier, bytes, site);
+}
+inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, EMULATOR_SITE) {
+    emulator::wait_for_mbarrier(barrier, parity, site);
+}
+inline void bulk_copy(void* smem, const void* global, int bytes, unsigned long long* barrier, EMULATOR_SITE) {
+    emulator::copy_bulk(smem, global, bytes, barrier, site);
+}
+inline void bulk_copy_rows(void* smem, const TensorMap& map, int i_group, int i_head, unsigned long long* barrier,
+                           EMULATOR_SITE) {
+    emulator::copy_box(smem, map, i_group, i_head, barrier, site);
+}
+inline void prefetch_map(const TensorMap&) {}
 
 inline float log2_approx(float x) { return std::log2(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }

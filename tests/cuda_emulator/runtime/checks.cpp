@@ -20,15 +20,15 @@ namespace {
 
 struct Event {
     int32_t block = -1;
-    int16_t thread;
-    bool is_atomic;
+    int16_t thread;  // from their number on: the bulk copies of an mbarrier, with its phase as their clock
+    Access access;
     uint32_t clock, fences;
     const void* from;
 };
 
 struct Shadow {
     Event written, read[2];
-    bool is_pending = false;  // a cp.async is under way
+    const char* taken = nullptr;  // why no thread may touch it
 };
 
 struct Memory {
@@ -36,9 +36,14 @@ struct Memory {
     std::vector<Shadow> bytes;
 };
 
-uint32_t clocks[MAX_THREADS][MAX_THREADS];
+constexpr const char *UNDER_WAY = "touched while a bulk copy to it is under way",
+                     *IS_MBARRIER = "touched as data while it is an mbarrier";
+
+uint32_t clocks[MAX_THREADS][MAX_THREADS + MAX_MBARRIERS];
 std::vector<Memory> tensors;
 std::vector<Shadow> shared;
+// Of each byte of shared memory, the first reader since it was written that may lack a fence.
+std::vector<Event> plain_reads;
 // Constants and variables of the kernels' library.
 std::vector<Region> statics;
 
@@ -82,49 +87,79 @@ bool is_seen(const Event& event, const Fiber& self) {
     return event.thread == self.number || clocks[self.number][event.thread] >= event.clock;
 }
 
-// Whether the writer has fenced since, and this thread has seen that.
-bool is_fenced(const Event& written, const Fiber& self) {
-    const std::vector<uint32_t>& fences = fibers[written.thread].fences;
-    if (written.fences >= fences.size()) return false;
-    return written.thread == self.number || clocks[self.number][written.thread] >= fences[written.fences];
+// Whether it was no access of a thread's own, or the thread has fenced since, and this one has seen that.
+bool is_fenced(const Event& event, const Fiber& self) {
+    if (event.block < 0 || event.access == Access::product || event.access == Access::bulk) return true;
+    const std::vector<uint32_t>& fences = fibers[event.thread].fences;
+    if (event.fences >= fences.size()) return false;
+    return event.thread == self.number || clocks[self.number][event.thread] >= fences[event.fences];
+}
+
+bool is_read(Access access) {
+    return access == Access::read || access == Access::product || access == Access::phase || access == Access::signal;
 }
 
 [[noreturn]] void fail(const std::string& what, const void* address, const void* from) {
     abandon(what + ": " + describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from}));
 }
 
+std::string after(const Event& other, const char* did) {
+    bool is_bulk = other.access == Access::bulk;
+    std::string who = is_bulk ? "a bulk copy" : format("thread %d of block %d", other.thread, other.block);
+    return " after " + who + " has " + did + " it at " + to_string({{"", 0}, other.from});
+}
+
 std::string race(const Event& other, const char* did, Access access, const void* address, const void* from) {
-    std::string who = format("thread %d of block %d", other.thread, other.block);
-    bool is_read = access == Access::read || access == Access::product;
-    return std::string("race: ") + (is_read ? "read" : "written") + " without a barrier after " + who +
-            " has " + did + " it at " + to_string({{"", 0}, other.from}) + ": " + describe_address(address) + "; " +
-            where() + " at " + to_string({{"", 0}, from});
+    const char* missing = other.access == Access::bulk ? " without a wait" : " without a barrier";
+    return std::string("race: ") + (is_read(access) ? "read" : "written") + missing + after(other, did) + ": " +
+            describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from});
+}
+
+// By the copy engine, later.
+void begin_bulk(Shadow& shadow, const Event& read, const void* address, const void* from) {
+    const Fiber& self = running();
+    const char* what = "written by a bulk copy without a fence";
+    if (!is_fenced(shadow.written, self)) fail(what + after(shadow.written, "written"), address, from);
+    if (!is_fenced(read, self)) fail(what + after(read, "read"), address, from);
+    shadow.taken = UNDER_WAY;
 }
 
 void touch(Shadow& shadow, Access access, const void* address, const void* from) {
     const Fiber& self = running();
-    bool is_atomic = access == Access::atomic;
-    if (shadow.is_pending) fail("touched while a cp.async to it is under way", address, from);
-    if (!is_seen(shadow.written, self) && !(is_atomic && shadow.written.is_atomic)) {
+    bool is_of_mbarrier = access == Access::phase || access == Access::signal;
+    if (shadow.taken && !is_of_mbarrier) fail(shadow.taken, address, from);
+    bool are_atomic = access == Access::atomic && shadow.written.access == Access::atomic;
+    if (!is_seen(shadow.written, self) && !are_atomic) {
         std::string message = race(shadow.written, "written", access, address, from);
         if (access != Access::write) abandon(message);
         auto* byte = static_cast<const unsigned char*>(address);
         suspects.push_back({byte, *byte, message});
     }
-    Event event = {block_number, int16_t(self.number), is_atomic, clocks[self.number][self.number],
+    Event event = {block_number, int16_t(self.number), access, clocks[self.number][self.number],
                    uint32_t(self.fences.size()), from};
-    if (shadow.written.block < 0 && access != Access::write && is_shared(address, 1))
+    Event* plain_read = is_shared(address, 1) ? &plain_reads[uintptr_t(address) - uintptr_t(shared_memory)] : nullptr;
+    if (shadow.written.block < 0 && (is_read(access) || access == Access::atomic) && plain_read)
         fail("read before it is written", address, from);
     if (access == Access::product && !is_fenced(shadow.written, self))
         fail("read by wgmma without a fence after it was written", address, from);
-    if (access == Access::read || access == Access::product) {
+    if (access == Access::signal && !is_fenced(shadow.written, self))
+        fail("bulk copy without a fence after its mbarrier was initialised", address, from);
+    if (is_read(access)) {
         // The first reader and the last one stand for all.
         shadow.read[is_seen(shadow.read[0], self) ? 0 : 1] = event;
+        if (access == Access::read && plain_read && is_fenced(*plain_read, self)) *plain_read = event;
         return;
     }
     for (const Event& read : shadow.read)
         if (!is_seen(read, self)) abandon(race(read, "read", access, address, from));
-    shadow = {event, {}, false};
+    if (access == Access::bulk) return begin_bulk(shadow, *plain_read, address, from);
+    shadow = {event, {}, nullptr};
+    if (plain_read) *plain_read = {};
+}
+
+void take(const void* address, int64_t bytes, const char* why) {
+    Shadow* shadow = shadow_of(address, bytes);
+    for (int64_t i = 0; i < bytes; ++i) shadow[i].taken = why;
 }
 
 }  // namespace
@@ -153,23 +188,25 @@ void end_launch_checks() {
 void check_block() {
     begin_block();
     shared.assign(std::size_t(launch->shared_bytes), {});
+    plain_reads.assign(std::size_t(launch->shared_bytes), {});
     for (int i = 0; i < n_threads; ++i) {
-        std::fill(clocks[i], clocks[i] + n_threads, 0);
+        std::fill(clocks[i], clocks[i] + n_threads + MAX_MBARRIERS, 0);
         clocks[i][i] = 1;
     }
 }
 
 void join(const uint32_t* lanes_of_warps) {
-    uint32_t latest[MAX_THREADS] = {};
+    const int n_clocks = n_threads + MAX_MBARRIERS;
+    uint32_t latest[MAX_THREADS + MAX_MBARRIERS] = {};
     auto each = [=](auto&& action) {
         for (int w = 0; w < n_warps; ++w)
             for (uint32_t lanes = lanes_of_warps[w]; lanes; lanes &= lanes - 1) action(w * 32 + __builtin_ctz(lanes));
     };
     each([&](int i) {
-        for (int j = 0; j < n_threads; ++j) latest[j] = std::max(latest[j], clocks[i][j]);
+        for (int j = 0; j < n_clocks; ++j) latest[j] = std::max(latest[j], clocks[i][j]);
     });
     each([&](int i) {
-        std::copy(latest, latest + n_threads, clocks[i]);
+        std::copy(latest, latest + n_clocks, clocks[i]);
         ++clocks[i][i];
     });
 }
@@ -177,18 +214,35 @@ void join(const uint32_t* lanes_of_warps) {
 void begin_copy(const Copy& copy, const void* address) {
     check_access(copy.to, copy.bytes, Access::write, address);
     if (copy.is_valid) check_access(copy.from, copy.bytes, Access::read, address);
-    Shadow* shadow = shadow_of(copy.to, copy.bytes);
-    for (int i = 0; i < copy.bytes; ++i) shadow[i].is_pending = true;
+    take(copy.to, copy.bytes, "touched while a cp.async to it is under way");
 }
 
 void end_copy(const Copy& copy) {
     Shadow* shadow = shadow_of(copy.to, copy.bytes);
     for (int i = 0; i < copy.bytes; ++i) {
-        shadow[i].is_pending = false;
+        shadow[i].taken = nullptr;
         shadow[i].written.clock = clocks[running().number][running().number];
         shadow[i].written.fences = uint32_t(running().fences.size());
     }
 }
+
+void begin_mbarrier(const void* address, const void* from) {
+    check_access(address, 8, Access::setup, from);
+    take(address, 8, IS_MBARRIER);
+}
+
+void end_mbarrier(const void* address, const void* from) {
+    take(address, 8, nullptr);
+    check_access(address, 8, Access::setup, from);
+}
+
+void end_bulk(const void* to, int64_t bytes, int mbarrier, uint32_t phase, const void* from) {
+    Event event = {block_number, int16_t(n_threads + mbarrier), Access::bulk, phase, 0, from};
+    std::fill_n(shadow_of(to, bytes), bytes, Shadow{event, {}, nullptr});
+    std::fill_n(&plain_reads[uintptr_t(to) - uintptr_t(shared_memory)], bytes, Event{});
+}
+
+void see_phase(int mbarrier, uint32_t phase) { clocks[running().number][n_threads + mbarrier] = phase; }
 
 void fence_proxy() { running().fences.push_back(clocks[running().number][running().number]); }
 

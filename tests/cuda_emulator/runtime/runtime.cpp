@@ -97,7 +97,6 @@ Fiber fibers[MAX_THREADS];
 namespace {
 
 constexpr std::size_t STACK = 256 << 10, STACK_GUARD = 64 << 10, SHARED_GUARD = 64 << 20;
-constexpr unsigned char POISON = 0xff;  // every float, half and bf16 made of it is NaN, every int -1
 constexpr unsigned char CANARY = 0xa5;
 // Shared memory ends as near to a page without access as its alignment lets it.
 constexpr int64_t SHARED_ALIGNMENT = 1024;
@@ -156,21 +155,6 @@ Thread* next_thread(int warp, int lane) {
     return &scheduler;
 }
 
-// Lets another warp go on first, if the order is drawn.
-void shuffle_warps(const Fiber& self) {
-    if (!launch->is_shuffled || n_warps == 1) return;
-    int warp = int(random_bits() % unsigned(n_warps));
-    Thread* next = next_thread(warps[warp].runnable ? warp : self.warp, self.lane);
-    if (next != current) switch_to(next);
-}
-
-void wait(Fiber& self, State state) {
-    self.state = state;
-    warps[self.warp].runnable &= ~(1u << self.lane);
-    switch_to(next_thread(self.warp, self.lane));
-    self.state = State::running;
-}
-
 void run_thread() {
     launch->kernel->call(launch->kernel->function, launch->arguments);
     ++n_ended;
@@ -205,11 +189,12 @@ void report(const std::string& message) {
 
 // No thread can run, and not all have ended.
 void report_standstill() {
+    std::string mbarriers = mbarriers_waited_for();
     for (int warp = 0; warp < n_warps; ++warp)
         if (warps[warp].arrived)
-            return report("divergence: a part of a warp reaches a collective; " + where() +
+            return report("divergence: a part of a warp reaches a collective; " + mbarriers + where() +
                           format(", warp %d: ", warp) + lanes_of(warp));
-    std::string text = "barrier not reached by all threads; " + where();
+    std::string text = (mbarriers.empty() ? "barrier not reached by all threads; " : mbarriers) + where();
     for (int warp = 0, last; warp < n_warps; warp = last + 1) {
         std::string lanes = lanes_of(warp);
         for (last = warp; last + 1 < n_warps && lanes_of(last + 1) == lanes;) ++last;
@@ -280,6 +265,7 @@ void run_block() {
     n_ended = 0;
     block_barrier = {};
     start_warpgroups();
+    start_mbarriers();
     for (int i = 0; i < n_threads; ++i) start_thread(i);
     for (int w = 0; w < n_warps; ++w) {
         int count = std::min(32, n_threads - 32 * w);
@@ -289,6 +275,7 @@ void run_block() {
     if (launch->is_checked) check_block();
     switch_to(next_thread(0, 31));
     if (!has_failed && n_ended < n_threads) report_standstill();
+    if (std::string message = copy_under_way(); !message.empty()) report(message);
     check_canaries();
     if (!launch->is_checked) return;
     if (std::string message = settle_suspects(); !message.empty()) report(message);
@@ -406,6 +393,22 @@ void abandon(const std::string& message) {
 }
 
 void fail(const std::string& message, Place place) { abandon(message + "; " + where() + " at " + to_string(place)); }
+
+void wait(Fiber& self, State state) {
+    self.state = state;
+    warps[self.warp].runnable &= ~(1u << self.lane);
+    switch_to(next_thread(self.warp, self.lane));
+    self.state = State::running;
+}
+
+void wake(const Fiber& fiber) { warps[fiber.warp].runnable |= 1u << fiber.lane; }
+
+void shuffle_warps(const Fiber& self) {
+    if (!launch->is_shuffled || n_warps == 1) return;
+    int warp = int(random_bits() % unsigned(n_warps));
+    Thread* next = next_thread(warps[warp].runnable ? warp : self.warp, self.lane);
+    if (next != current) switch_to(next);
+}
 
 void collective(Operation operation, const char* name, void* argument, Site site) {
     Fiber& self = running();

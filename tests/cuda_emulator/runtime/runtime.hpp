@@ -16,7 +16,9 @@ namespace emulator {
 
 constexpr int MAX_COLUMNS = 128;  // of a step of wgmma
 constexpr int MAX_THREADS = 1024, MAX_WARPS = MAX_THREADS / 32;
+constexpr int MAX_MBARRIERS = 16;  // initialised at the same time
 constexpr int64_t MAX_SHARED = 1 << 20;
+constexpr unsigned char POISON = 0xff;  // every float, half and bf16 made of it is NaN, every int -1
 
 struct Region {
     uintptr_t begin, end;
@@ -95,8 +97,21 @@ bool is_stack(const void* address);
 [[noreturn]] void abandon(const std::string& message);
 [[noreturn]] void fail(const std::string& message, Place place);
 
+// Lets other threads run until one wakes this one.
+void wait(Fiber& self, State state);
+void wake(const Fiber& fiber);
+// Lets another warp go on first, if the order is drawn.
+void shuffle_warps(const Fiber& self);
+
 // warpgroups.cpp
 void start_warpgroups();
+
+// copies.cpp
+void start_mbarriers();
+// A copy that nobody has waited for, or nothing.
+std::string copy_under_way();
+// Those that threads wait for, or nothing.
+std::string mbarriers_waited_for();
 
 // checks.cpp: which thread has seen whose accesses.
 void check_launch();
@@ -107,9 +122,15 @@ std::string settle_suspects();
 void join(const uint32_t* lanes_of_warps);
 void begin_copy(const Copy& copy, const void* address);
 void end_copy(const Copy& copy);
-// A product reads by another proxy than the threads write.
-enum class Access { read, write, atomic, product };
+// A product reads and a bulk copy writes by another proxy than the threads. Of an mbarrier: setup begins and ends its
+// use, a phase is what threads do to it, a signal what a bulk copy does.
+enum class Access : unsigned char { read, write, atomic, product, bulk, setup, phase, signal };
 void check_access(const void* address, int64_t bytes, Access access, const void* from);
+void begin_mbarrier(const void* address, const void* from);
+void end_mbarrier(const void* address, const void* from);
+// A copy has landed, with this phase of its mbarrier; the running thread has seen the phase.
+void end_bulk(const void* to, int64_t bytes, int mbarrier, uint32_t phase, const void* from);
+void see_phase(int mbarrier, uint32_t phase);
 
 // chains.cpp: what kernels that may run together do to the tensors.
 void begin_kernel();

@@ -299,3 +299,143 @@ __global__ void touches_a_copy(const float* x, float* out) {
   cp_async_16(smem, x, true);
   *out = *reinterpret_cast<float*>(smem);
 }
+
+struct Box {
+  TensorMap map;
+  uint4* out;
+  int n, i_group, i_head, at;
+};
+
+// A box, as it lies in shared memory `at` bytes behind its start.
+__global__ void copies_box(const __grid_constant__ Box box) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned long long* arrival = reinterpret_cast<unsigned long long*>(smem);
+  if (threadIdx.x == 0) {
+    prefetch_map(box.map);
+    mbarrier_init(arrival);
+    wgmma_proxy_fence();
+    mbarrier_arrive(arrival, box.n);
+    bulk_copy_rows(smem + box.at, box.map, box.i_group, box.i_head, arrival);
+  }
+  __syncthreads();
+  mbarrier_wait(arrival, 0);
+  for (int i = threadIdx.x; i < box.n / 16; i += blockDim.x)
+    box.out[i] = reinterpret_cast<const uint4*>(smem + box.at)[i];
+}
+
+// From `from` bytes behind x on, through shared memory, by one thread.
+__global__ void copies_bulk(const char* x, char* out, int from, int to, int bytes, int mbarrier) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  unsigned long long* arrival = reinterpret_cast<unsigned long long*>(smem + mbarrier);
+  mbarrier_init(arrival);
+  wgmma_proxy_fence();
+  mbarrier_arrive(arrival, bytes);
+  bulk_copy(smem + to, x + from, bytes, arrival);
+  wait_for_kernel_before();
+  mbarrier_wait(arrival, 0);
+  for (int i = 0; i < bytes; i++) out[i] = static_cast<char>(smem[to + i]);
+}
+
+enum Fault {
+  NONE, ONE_WAITS_FOR_ALL, NO_WAIT, ONE_WAITS, WRONG_PARITY,
+  NO_FENCE_AFTER_WRITES, NO_FENCE_AFTER_READS, NO_FENCE_AFTER_INIT,
+  NO_BARRIER_AFTER_WRITES, NO_BARRIER_AFTER_READS, NO_BARRIER_AFTER_INIT, NO_BARRIER_AT_END,
+  TOO_MANY_BYTES, TOO_FEW_BYTES, NO_ARRIVAL, TWO_ARRIVALS, TWO_INITS, NO_INIT, WAIT_AFTER_END,
+  END_OF_COPY, COPY_AT_END, TOUCHED_MBARRIER, OVERWRITTEN_COPY, TWO_COPIES
+};
+
+struct Ring {
+  TensorMap map;
+  const float* numbers;
+  const half *a, *last;
+  float *sums, *products;
+  int n;
+  Fault fault;
+};
+
+// Of n tiles (64, 64) and as many times 64 numbers: products (64, 64) += a (64, 64) tile^T, sums (n, 64, 2) of halves
+// of the tiles' rows times the numbers. Two stages; the engine fills one while the other one is used. The threads
+// themselves copy the last tile.
+__global__ void ring(const __grid_constant__ Ring ring) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  constexpr int TILE = 8192, NUMBERS = 256;
+  half* tiles = reinterpret_cast<half*>(smem);
+  float* numbers = reinterpret_cast<float*>(smem + 2 * TILE);
+  unsigned long long* arrivals = reinterpret_cast<unsigned long long*>(smem + 2 * TILE + 2 * NUMBERS);
+  const int thread = threadIdx.x, lane = lane_of(), first = thread / 32 * 16 + lane / 4;
+  auto has = [&](Fault fault) { return ring.fault == fault; };
+  auto ask = [&](int i) {
+    const int stage = i % 2;
+    if (i == ring.n - 1) {
+      for (int chunk = thread; chunk < 512; chunk += 128)
+        cp_async_16(tiles + stage * TILE / 2 + chunk / 8 * 64 + (chunk % 8 ^ chunk / 8 % 8) * 8,
+                    ring.last + chunk * 8, true);
+      if (thread < 16) cp_async_16(numbers + stage * 64 + thread * 4, ring.numbers + i * 64 + thread * 4, true);
+      cp_async_commit();
+      cp_async_wait<0>();
+      wgmma_proxy_fence();
+      if (thread == 0) mbarrier_arrive(arrivals + stage, 0);
+    }
+    if (i == ring.n - 1 || thread > 0) return;
+    const int announced = TILE + NUMBERS + 16 * has(TOO_FEW_BYTES) - 16 * has(TOO_MANY_BYTES);
+    if (!has(NO_ARRIVAL)) mbarrier_arrive(arrivals + stage, announced);
+    if (has(TWO_ARRIVALS)) mbarrier_arrive(arrivals + stage, announced);
+    bulk_copy_rows(tiles + stage * TILE / 2, ring.map, 0, i, arrivals + stage);
+    bulk_copy(numbers + stage * 64, ring.numbers + i * 64, NUMBERS, arrivals + stage);
+    if (has(TWO_COPIES)) bulk_copy(numbers + stage * 64, ring.numbers + i * 64, NUMBERS, arrivals + stage);
+    if (has(OVERWRITTEN_COPY)) numbers[stage * 64] = 0;
+  };
+
+  for (int i = thread; i < (2 * TILE + 2 * NUMBERS + 16) / 4; i += 128) reinterpret_cast<float*>(smem)[i] = 0;
+  if (!has(NO_FENCE_AFTER_WRITES)) wgmma_proxy_fence();
+  if (!has(NO_BARRIER_AFTER_WRITES)) __syncthreads();
+  if (thread == 0) {
+    for (int stage = 0; stage < 2 && !has(NO_INIT); stage++) mbarrier_init(arrivals + stage);
+    if (has(TWO_INITS)) mbarrier_init(arrivals + 1);
+    if (!has(NO_FENCE_AFTER_INIT)) wgmma_proxy_fence();
+  }
+  ask(0);
+  float products[8][4] = {};
+  for (int i = 0; i < ring.n; i++) {
+    const int stage = i % 2;
+    if (i == 0 && has(NO_BARRIER_AFTER_INIT)) {
+      if (thread >= 32) return;
+      any_sync(true);
+    } else if (i == 0 || !has(NO_BARRIER_AFTER_READS)) {
+      __syncthreads();
+    }
+    if (i + 1 < ring.n) ask(i + 1);
+    const bool one_waits = has(ONE_WAITS_FOR_ALL) || has(ONE_WAITS);
+    if (!has(NO_WAIT) && (!one_waits || lane == 0))
+      mbarrier_wait(arrivals + stage, has(WRONG_PARITY) && i == 2 ? 0 : i / 2 % 2);
+    if (has(ONE_WAITS_FOR_ALL)) syncwarp();
+    if (has(ONE_WAITS)) any_sync(true);  // which is no barrier
+    const half* tile = tiles + stage * TILE / 2;
+    const int row = thread / 2;
+    float sum = 0;
+    for (int column = thread % 2 * 32; column < thread % 2 * 32 + 32; column++)
+      sum += to_float(tile[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8]) * numbers[stage * 64 + column];
+    ring.sums[i * 128 + thread] = sum;
+    wgmma_fence();
+    for (int step = 0; step < 4; step++) {
+      unsigned left[4];
+      for (int e = 0; e < 4; e++) {
+        const half* pair = ring.a + (first + e % 2 * 8) * 64 + 16 * step + lane % 4 * 2 + e / 2 * 8;
+        left[e] = pair[0].bits | static_cast<unsigned>(pair[1].bits) << 16;
+      }
+      wgmma_rows<half, true>(products, left, wgmma_operand(tile + step * 16, 1024, 1024));
+    }
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (!has(NO_FENCE_AFTER_READS)) wgmma_proxy_fence();
+  }
+  if (!has(NO_BARRIER_AT_END)) __syncthreads();
+  if (thread == 0) {
+    if (has(TOUCHED_MBARRIER)) ring.sums[0] = reinterpret_cast<float*>(arrivals)[0];
+    if (has(END_OF_COPY) || has(COPY_AT_END)) ask(0);
+    for (int stage = 0; stage < 2 && !has(COPY_AT_END); stage++) mbarrier_invalidate(arrivals + stage);
+  }
+  if (has(WAIT_AFTER_END) && thread == 0) mbarrier_wait(arrivals, 0);
+  for (int n = 0; n < 8; n++)
+    for (int e = 0; e < 4; e++) ring.products[(first + e / 2 * 8) * 64 + 8 * n + lane % 4 * 2 + e % 2] = products[n][e];
+}
