@@ -362,8 +362,11 @@ class TestRing:
     """Of two stages that bulk copies fill."""
 
     kind = np.dtype(
-        [("map", "V128"), *((name, "u8") for name in ("numbers", "a", "last", "sums", "products"))]
-        + [("n", "i4"), ("fault", "i4"), ("_", "V16")]
+        [
+            ("map", "V128"),
+            *((name, "u8") for name in ("numbers", "a", "last", "sums", "products")),
+            *(("n", "i4"), ("fault", "i4"), ("_", "V16")),
+        ]
     )
     faults = re.findall(r"\w+", (SAMPLES / SOURCE).read_text().partition("enum Fault {")[2].partition("}")[0])
 

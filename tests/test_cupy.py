@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 import re
@@ -74,8 +75,10 @@ class Launched(NamedTuple):
 class Recorder:
     """A launcher that runs nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, has_maps: bool = True) -> None:
         self.launches: list[Launched] = []
+        self.mapped: list[tuple[int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = []
+        self._has_maps = has_maps
 
     def launch(
         self,
@@ -92,7 +95,8 @@ class Recorder:
     def tensor_map(
         self, address: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
     ) -> bytes | None:
-        return bytes(128)
+        self.mapped.append((address, tuple(sizes), tuple(strides), tuple(box)))
+        return bytes([len(self.mapped)] * launcher.MAP_BYTES) if self._has_maps else None
 
 
 def everything(whole: CupyBackend, request: AttentionRequest) -> None:
@@ -291,7 +295,7 @@ def test_configurations_fit_the_devices() -> None:
 
 def test_records_have_the_layout_of_the_kernels() -> None:
     """The fields in order, and their widths."""
-    widths = {"long long": "i8", "float": "f4", "int": "i4"}
+    widths = {"long long": "i8", "float": "f4", "int": "i4", "TensorMap": f"V{launcher.MAP_BYTES}"}
     for file, kind_of, structure in (
         ("common.cuh", "Params", backend.PARAMS),
         ("rows.cu", "RowParams", backend.ROW_PARAMS),
@@ -307,11 +311,15 @@ def test_records_have_the_layout_of_the_kernels() -> None:
             fields += [(name.strip(), np.dtype(kind)) for name in found[3].split(",")]
         record = structure.dtype
         assert record.fields is not None
-        assert fields == [(name, record.fields[name][0]) for name in record.names or ()]
-        assert (*structure.pointers, *structure.numbers) == record.names
+        assert record.itemsize % (launcher.MAP_ALIGNMENT if structure.maps else 8) == 0
+        names = [name for name in record.names or () if name != "padding"]
+        assert fields == [(name, record.fields[name][0]) for name in names]
+        assert [*structure.maps, *structure.pointers, *structure.numbers] == names
         assert structure.packer.size == record.itemsize
         numbers = dict(zip(structure.numbers, range(1, 1 + len(structure.numbers)), strict=True))
-        packed = backend._record(structure, numbers | {structure.pointers[0]: torch.zeros(4)[1:]})
+        maps = {name: bytes([i] * launcher.MAP_BYTES) for i, name in enumerate(structure.maps)}
+        packed = backend._record(structure, maps | numbers | {structure.pointers[0]: torch.zeros(4)[1:]})
+        assert all(packed[name].tobytes() == of_tensor for name, of_tensor in maps.items())
         assert [packed[name] for name in structure.numbers] == list(numbers.values())
         assert packed[structure.pointers[0]] % 4 == 0
         assert packed[structure.pointers[0]] > 0 == packed[structure.pointers[1]]
@@ -415,6 +423,24 @@ class Driver:
         monkeypatch.setattr(launcher, "_can_follow", lambda index: can_follow and index == 1)
         monkeypatch.setattr(launcher, "_make_context_current", self._make_context)
 
+    def cuTensorMapEncodeTiled(
+        self,
+        place: int,
+        kind: int,
+        rank: int,
+        address: int,
+        sizes: Any,
+        strides: Any,
+        box: Any,
+        steps: Any,
+        *words: int,
+    ) -> int:
+        # As CUDA's header has them: numbers of two bytes, no interleaving, rows of 128 bytes permuted, zeros outside.
+        assert (place % 64, kind, rank, list(steps), words) == (0, 1, 5, [1] * 5, (0, 3, 3, 0))
+        self.mapped = address, list(sizes), list(strides), list(box)
+        ctypes.memset(place, 7, launcher.MAP_BYTES)
+        return self._statuses.pop(0)
+
     def cuLaunchKernelEx(self, config: Any, function: int, arguments: Any, extra: None) -> int:
         self.told.append((type(config._obj).from_buffer_copy(config._obj), function, arguments[0]))
         return self._statuses.pop(0)
@@ -440,6 +466,17 @@ def test_what_the_driver_is_told(monkeypatch: pytest.MonkeyPatch, can_follow: bo
     assert len(bytes(attribute)) == 72
 
 
+def test_what_the_driver_makes_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch, [0, 1])
+    launcher._tensor_map.cache_clear()
+    sizes, strides, box = (64, 8, 1, 5, 3), (128, 128, 1024, 5120), (64, 8, 1, 8, 1)
+    for _ in range(2):  # the second time as it is kept
+        assert launcher.CupyLauncher().tensor_map(4096, sizes, strides, box) == bytes([7] * launcher.MAP_BYTES)
+    assert driver.mapped == (4096, list(sizes), list(strides), list(box))
+    assert launcher.CupyLauncher().tensor_map(4112, sizes, strides, box) is None
+    launcher._tensor_map.cache_clear()
+
+
 def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     class RefusedError(RuntimeError):
         """CuPy's own asks the driver for the text."""
@@ -449,6 +486,78 @@ def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     record = np.zeros((), backend.PARAMS.dtype)
     with pytest.raises(RefusedError, match=r"^1$"):
         launcher.CupyLauncher().launch("scan.cu", "kernel", (3, 1, 1), (64, 1, 1), 4096, record, False)
+
+
+def zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=BF16)
+
+
+@pytest.mark.parametrize(
+    ("k", "sizes", "strides", "heads_apart"),
+    [
+        # Rows of 256 bytes in twelve groups of eight, three heads of 25600 bytes to a sequence.
+        (zeros(2, 3, 100, 128), (64, 8, 2, 12, 6), (256, 128, 2048, 25_600), 3),
+        (zeros(2, 1, 100, 64), (64, 8, 1, 12, 2), (128, 128, 1024, 12_800), 1),
+        (zeros(2, 100, 3, 128).transpose(1, 2), (64, 8, 2, 12, 303), (768, 128, 6144, 256), 300),
+        (zeros(2, 100, 9, 128).transpose(1, 2)[:, 3:6], (64, 8, 2, 12, 903), (2304, 128, 18_432, 256), 900),
+        (zeros(1, 3, 100, 128).expand(2, 3, 100, 128), (64, 8, 2, 12, 3), (256, 128, 2048, 25_600), 0),
+    ],
+)
+def test_what_the_bulk_copy_engine_reads(
+    k: torch.Tensor, sizes: tuple[int, ...], strides: tuple[int, ...], heads_apart: int
+) -> None:
+    recorder = Recorder()
+    q = zeros(2, k.shape[1], 10, k.shape[3])
+    CupyBackend(launcher=recorder, capability=(9, 0)).forward(AttentionRequest(q, k, k, scale=1.0))
+    box = (*sizes[:3], 8, 1)
+    assert recorder.mapped == [(k.data_ptr(), sizes, strides, box)] * 2  # keys and values
+    _, *launches = recorder.launches
+    assert all(launch.kernel.endswith(", true, true>") for launch in launches)
+    args = launches[0].args
+    assert (args["heads_apart_k"], args["heads_apart_v"]) == (heads_apart, heads_apart)
+    assert {args["map_of_k"].tobytes()[0], args["map_of_v"].tobytes()[0]} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    "k",
+    [
+        zeros(2, 1, 100, 128).expand(2, 3, 100, 128),
+        zeros(6, 100, 128).as_strided((2, 3, 100, 128), (19_200, 12_800, 128, 1)),
+        zeros(2, 3, 63, 128),
+        zeros(2, 3, 100, 120),
+        zeros(2, 3, 100, 132)[..., :128],
+        zeros(2, 3, 100, 136)[..., 4:132],
+    ],
+    ids=["one head for all", "sequences in between", "few rows", "narrow", "rows not aligned", "not aligned"],
+)
+def test_what_the_threads_read_themselves(k: torch.Tensor) -> None:
+    recorder = Recorder()
+    q = zeros(2, 3, 10, k.shape[3])
+    CupyBackend(launcher=recorder, capability=(9, 0)).forward(AttentionRequest(q, k, k, scale=1.0))
+    assert recorder.mapped == []
+    _, *launches = recorder.launches
+    assert all(launch.kernel.endswith(", true, false>") for launch in launches)
+
+
+def test_each_kernel_has_copies_of_its_own_kind() -> None:
+    """By what it reads, whether numbers of rows of a head are aligned, and where the driver refuses a tensor."""
+
+    def kinds(seqlen_q: int, v_width: int, has_maps: bool = True) -> list[bool]:
+        recorder = Recorder(has_maps)
+        whole = CupyBackend(launcher=recorder, capability=(9, 0))
+        request = AttentionRequest(
+            zeros(1, 2, seqlen_q, 64), zeros(1, 2, 80, 64), zeros(1, 2, 80, v_width), scale=1.0, save_for_backward=True
+        )
+        result = whole.forward(request)
+        whole.backward(request, result.out, result.tau, result.saved, torch.zeros_like(result.out))
+        names = ("fwd_scan", "fwd_refine", "fwd_output", "bwd_dq<", "bwd_dkv<")
+        (kernels,) = [[launch.kernel for launch in recorder.launches if any(name in launch.kernel for name in names)]]
+        return [kernel.endswith(", true, true>") for kernel in kernels]
+
+    assert kinds(80, 64) == [True] * 5
+    assert kinds(80, 40) == [True, True, False, False, False]
+    assert kinds(40, 64) == kinds(81, 64) == [True, True, True, True, False]
+    assert kinds(80, 64, has_maps=False) == [False] * 5
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "saves"), [(17, 4000, False), (16, 2047, False), (1, 4000, True)])
@@ -615,6 +724,23 @@ EMULATED = [
     ((9, 0), Case(130, 100, head_dim=24, head_dim_v=40, dtype=HALF, alpha=1.25, group=2, is_causal=True)),
     ((9, 0), Case(70, 300, head_dim=64, dtype=HALF, group=3, alpha=(1.1, 1.5, 1.9), is_causal=True)),
     ((9, 0), Case(50, 200, head_dim=128, head_dim_v=96, dtype=BF16, kind="topics")),
+    (
+        (9, 0),
+        Case(
+            136,
+            200,
+            batch=2,
+            group=2,
+            head_dim=64,
+            head_dim_v=64,
+            dtype=HALF,
+            is_causal=True,
+            layout="transposed",
+            seqlens_q=(136, 99),
+            seqlens_k=(200, 131),
+        ),
+    ),
+    ((9, 0), Case(200, 136, heads_kv=2, head_dim=128, head_dim_v=128, dtype=BF16, alpha=1.3, is_causal=True)),
     ((9, 0), Case(30, 70, head_dim=200, head_dim_v=256, dtype=BF16, is_causal=True)),
     ((9, 0), Case(70, 140, head_dim=7, head_dim_v=3, is_causal=True, kind="narrow")),
     # alpha - 1 of an alpha in float32 was off by as much as alpha is.
@@ -696,6 +822,9 @@ class Only:
         if source == self._source:
             self._whole.launch(source, kernel, *rest)
 
+    def tensor_map(self, *tensor: Any) -> bytes | None:
+        return self._whole.tensor_map(*tensor)
+
 
 @emulated
 @pytest.mark.slow
@@ -761,6 +890,25 @@ def test_the_order_of_threads_changes_no_bit(dtype: torch.dtype) -> None:
     ]
     for quantity, result in runs[0].items():
         assert torch.equal(result, runs[1][quantity]), quantity
+
+
+class WithoutMaps(EmulatedLauncher):
+    """As where the driver refuses all tensors."""
+
+    def tensor_map(self, *tensor: Any) -> None:
+        return None
+
+
+@emulated
+@pytest.mark.slow
+def test_who_copies_changes_no_bit(emulator: EmulatedLauncher) -> None:
+    request, dout = Case(200, 300, head_dim=64, head_dim_v=64, dtype=BF16, kind="topics", is_causal=True).build(CPU)
+    by_engine, by_threads = (
+        run_attention(CupyBackend(launcher=each, capability=HOPPER), request, dout)
+        for each in (emulator, WithoutMaps(launcher.KERNELS))
+    )
+    for quantity, result in by_engine.items():
+        assert torch.equal(result, by_threads[quantity]), quantity
 
 
 @emulated

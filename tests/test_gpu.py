@@ -82,6 +82,28 @@ def test_kernels_that_begin_early_change_no_bit(target, monkeypatch, kind, seqle
             assert torch.equal(found[quantity], values), quantity
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)])
+def test_who_copies_changes_no_bit(target, head_dim, dtype):
+    """CuPy's whole tiles come by the bulk copy engine where a device has one."""
+    if target.name != "cupy":
+        pytest.skip("only one backend has kernels of both kinds")
+    from adasplash2.backends.cupy_cuda import CupyBackend
+    from adasplash2.backends.cupy_cuda.launcher import CupyLauncher
+
+    class WithoutMaps(CupyLauncher):
+        def tensor_map(self, *tensor):
+            return None
+
+    sizes = {"batch": 2, "heads_q": 4, "heads_kv": 2, "seqlen_q": 1500, "seqlen_k": 2100, "head_dim": head_dim}
+    q, k, v, dout = make_inputs("topics", dtype=dtype, device="cuda", **sizes)
+    lengths = [torch.tensor(n, device="cuda") for n in ((1500, 1001), (2100, 1333))]
+    request = AttentionRequest(q, k, v, scale=0.1, is_causal=True, seqlens_q=lengths[0], seqlens_k=lengths[1])
+    expected = run_attention(CupyBackend(launcher=WithoutMaps()), request, dout)
+    found = run_attention(target.backend, request, dout)
+    for quantity, values in expected.items():
+        assert torch.equal(found[quantity], values), quantity
+
+
 def test_a_device_that_is_not_the_current_one(target):
     """What is asked of another device runs there, with the same bits."""
     if torch.cuda.device_count() < 2:

@@ -42,14 +42,11 @@ from .config import (
     head_class,
     shared_memory,
 )
-from .launcher import CupyLauncher, Record, unavailable_reason
+from .launcher import MAP_ALIGNMENT, MAP_BYTES, CupyLauncher, Record, unavailable_reason
 
 __all__ = ["BACKEND", "PARAMS", "ROW_PARAMS", "CupyBackend", "Launcher"]
 
-# Of a tensor that the bulk copy engine reads, as the driver describes it; and how much it brings at once.
-MAP_BYTES = 128
-MAP_ALIGNMENT = 64
-BOX_ROWS = 64
+BOX_ROWS = 64  # that the bulk copy engine brings at once
 
 KEYS_PER_CHECK = 128
 CHECK_WARPS = 4

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["KERNELS", "CupyLauncher", "Record", "options", "unavailable_reason"]
+__all__ = ["KERNELS", "MAP_ALIGNMENT", "MAP_BYTES", "CupyLauncher", "Record", "options", "unavailable_reason"]
 
 KERNELS = Path(__file__).parent / "kernels"
 
@@ -59,6 +59,15 @@ class _LaunchConfig(ctypes.Structure):
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION: a kernel begins once all programs of the one before ask for it.
 _FOLLOWS = ctypes.pointer(_Attribute(id=6, value=(1,)))
+# What the driver makes of a tensor for the bulk copy engine, CUtensorMap, and words of cuTensorMapEncodeTiled.
+MAP_BYTES = 128
+MAP_ALIGNMENT = 64
+_UINT16 = 1
+_NO_INTERLEAVE = 0
+_SWIZZLE_128B = 3
+_PROMOTION_L2_256B = 3
+_FILL_ZEROS = 0
+
 _INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 # The oldest driver that captures such launches in a graph.
 _FOLLOWING_DRIVER = 12_030
@@ -106,29 +115,20 @@ class CupyLauncher:
 
             raise cupy.cuda.driver.CUDADriverError(status)
 
-
     def tensor_map(
         self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
     ) -> bytes | None:
         return _tensor_map(address, sizes, strides, box)
 
 
-# Of cuTensorMapEncodeTiled.
-_UINT16 = 1
-_SWIZZLE_128B = 3
-_L2_PROMOTION_256B = 3
-
-
-# Tensors come back at the same addresses.
+# Where memory is allocated again and again, tensors come back at the same addresses.
 @functools.lru_cache(maxsize=1024)
-def _tensor_map(
-    address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
-) -> bytes | None:
+def _tensor_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes | None:
     rank = len(sizes)
-    room = ctypes.create_string_buffer(128 + 64)
-    to = ctypes.addressof(room) + -ctypes.addressof(room) % 64
+    room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+    place = ctypes.addressof(room) + -ctypes.addressof(room) % MAP_ALIGNMENT
     status = _driver().cuTensorMapEncodeTiled(
-        to,
+        place,
         _UINT16,
         rank,
         address,
@@ -136,12 +136,12 @@ def _tensor_map(
         (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
-        0,
+        _NO_INTERLEAVE,
         _SWIZZLE_128B,
-        _L2_PROMOTION_256B,
-        0,
+        _PROMOTION_L2_256B,
+        _FILL_ZEROS,
     )
-    return ctypes.string_at(to, 128) if status == 0 else None
+    return ctypes.string_at(place, MAP_BYTES) if status == 0 else None
 
 
 @functools.cache

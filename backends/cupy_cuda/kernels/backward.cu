@@ -365,16 +365,18 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
       using Loader = TileLoader<T, D, COLUMNS, THREADS>;
       using Numbers = NumberLoader<COLUMNS>;
       // Anew, where sums need the registers that would keep it.
-      const KeyBlock own = BULK || !WGMMA || D <= 64 ? block : key_block(params, kept_turn(scratch));
+      const KeyBlock own = BULK || D <= 64 || (!WGMMA && D <= 128) ? block : key_block(params, kept_turn(scratch));
       const Rows rows = rows_that_see(own.lengths, params.is_causal);
       const long long start = static_cast<long long>(head) * params.seqlen_q;
       const int i_h = own.i_kv * own.group + i_g;
       arrivals.load(stage, {first}, Loader(q_parts, rows_of_q<T>(params, own.i_b, i_h), rows.low, rows.high),
                     Loader(dout_parts, rows_of_dout<T>(params, own.i_b, i_h), rows.low, rows.high),
-                    Numbers(taus, params.tau + start, rows.low, rows.high),
-                    Numbers(deltas, params.delta + start, rows.low, rows.high));
+                    Numbers(taus, params.tau, start, rows.low, rows.high),
+                    Numbers(deltas, params.delta, start, rows.low, rows.high));
     };
     auto ahead = ahead_of(arrivals, first_of, load);
+    // Where three programs share a multiprocessor, no product is under way beside p and w: they need its registers.
+    constexpr bool LATE = D <= 64;
     auto take_part = [&](int i, int stage) {
       float p[M][N][4], w[M][N][4], ds[M][N][4];
       if constexpr (WGMMA) {
@@ -383,12 +385,12 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         Packed<T, N> packed_p, packed_ds;
         begin_scores(p, Operand<T, D>(k_tile), q_part);
         ahead.ask();
-        finish<0>(p);
+        if constexpr (!LATE) begin_scores(ds, Operand<T, D>(v_tile), dout_part);
+        finish<(LATE ? 0 : 1)>(p);
         shift(p, i, stage);
         weigh(p, w);
         pack(packed_p, p);
-        // Not before, as its sums would take the registers of p and w.
-        begin_scores(ds, Operand<T, D>(v_tile), dout_part);
+        if constexpr (LATE) begin_scores(ds, Operand<T, D>(v_tile), dout_part);
         begin_accumulate(dv, packed_p, dout_part);
         finish<1>(ds);
         differentiate(ds, w, stage);

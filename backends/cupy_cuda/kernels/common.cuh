@@ -478,18 +478,19 @@ class TileLoader {
   }
 };
 
-// The same of a number for each row.
+// The same of a number for each row, the head's first one being number `start` of all.
 template <int ROWS>
 class NumberLoader {
   float* to;
   const float* from;
+  long long start;
   int low, high;
 
  public:
   static constexpr int BYTES = ROWS * static_cast<int>(sizeof(float));
 
-  __device__ __forceinline__ NumberLoader(float* to, const float* from, int low, int high)
-      : to(to), from(from), low(low), high(high) {}
+  __device__ __forceinline__ NumberLoader(float* to, const float* from, long long start, int low, int high)
+      : to(to), from(from), start(start), low(low), high(high) {}
 
   __device__ __forceinline__ bool is_whole(int first) const { return first >= low && first <= high - ROWS; }
 
@@ -497,13 +498,13 @@ class NumberLoader {
     const int row = static_cast<int>(threadIdx.x);
     if (row >= ROWS) return;
     const bool is_valid = first + row >= low && first + row < high;
-    cp_async_4(to + i_tile * ROWS + row, from + (is_valid ? first + row : 0), is_valid);
+    cp_async_4(to + i_tile * ROWS + row, from + (is_valid ? start + first + row : 0), is_valid);
   }
 
   __device__ __forceinline__ void load_part(int i_tile, int first) const { load(i_tile, first); }
 
   __device__ __forceinline__ void copy(int i_tile, int first, unsigned long long* arrival) const {
-    bulk_copy(to + i_tile * ROWS, from + first, BYTES, arrival);
+    bulk_copy(to + i_tile * ROWS, from + (start + first), BYTES, arrival);
   }
 };
 
