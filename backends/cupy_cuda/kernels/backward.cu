@@ -296,7 +296,7 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
   float* staging = deltas + STAGES * COLUMNS + warp_of() * STAGING<M, N>;
 
   const Arrivals<BULK> arrivals(scratch);
-  constexpr bool KEPT = CAN_KEEP<T, D> && !WGMMA && COLUMNS <= 16 && D <= BOTH_KEPT_HEAD;
+  constexpr bool KEPT = CAN_KEEP<T, D> && !WGMMA && COLUMNS <= 16 && HAS_MORE_ROOM;
   const LeftRows<T, D, M, KEPT> keys(k_tile, warp_of() * 16 * M), values(v_tile, warp_of() * 16 * M);
   float dk[DK ? M : 1][DK ? ND : 1][4], dv[DV ? M : 1][DV ? ND : 1][4];
   clear(dk);

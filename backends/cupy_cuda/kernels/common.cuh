@@ -379,16 +379,16 @@ constexpr int COPIES = 8;
 constexpr int KEPT_HEAD = 128;
 #endif
 
-// Of two such operands, as dkv has them, some compilers spill.
+// Whether the compiler finds registers for two such operands, as dkv has them, and for other ways to load a tile.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int BOTH_KEPT_HEAD = 64;
+constexpr bool HAS_MORE_ROOM = false;
 #else
-constexpr int BOTH_KEPT_HEAD = KEPT_HEAD;
+constexpr bool HAS_MORE_ROOM = true;
 #endif
 
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read. FAST: in fewer
 // instructions where the rows lie whole inside the memory, for which some kernels have no registers.
-template <class T, int D, int ROWS, int THREADS, bool FAST = sizeof(T) == 2 && D <= 128>
+template <class T, int D, int ROWS, int THREADS, bool FAST = HAS_MORE_ROOM && sizeof(T) == 2 && D <= 128>
 __device__ __forceinline__ void load_tile(T* tile, const HeadRows<T>& rows, int first, int low, int high) {
   static_assert(THREADS % CHUNKS<T, D> == 0 || CHUNKS<T, D> % THREADS == 0);
   constexpr int STEP = THREADS > CHUNKS<T, D> ? THREADS / CHUNKS<T, D> : 1;
