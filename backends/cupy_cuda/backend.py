@@ -212,10 +212,13 @@ def _map(launcher: Launcher, name: str, t: Tensor, layout: dict[str, int], head:
     if not is_aligned or not is_regular or width != head or rows < BOX_ROWS:
         return {}
     heads_apart = batch_step // unit
+    all_heads = (batch - 1) * heads_apart + heads
+    if all_heads >= 2**31:
+        return {}
     row = row_step * t.element_size()
     found = launcher.tensor_map(
         t.data_ptr(),
-        (64, 8, head // 64, rows // 8, (batch - 1) * heads_apart + heads),
+        (64, 8, head // 64, rows // 8, all_heads),
         (row, 128, 8 * row, unit * t.element_size()),
         (64, 8, head // 64, BOX_ROWS // 8, 1),
     )
@@ -287,7 +290,8 @@ class _Call:
         for name, t in tensors.items():
             layout = _layout(name, t)
             self._layouts |= layout
-            if self.config.scan.wgmma and not self.is_empty:
+            # Forward has its queries by the threads.
+            if self.config.scan.wgmma and not self.is_empty and (dout is not None or name != "q"):
                 self._maps |= _map(backend.launcher, name, t, layout, self.config.head)
 
     def has_maps(self, names: str) -> bool:

@@ -517,9 +517,9 @@ class Arrivals {
  public:
   static constexpr bool ARE_USED = BULK;
 
-  // In numbers of `scratch` that nothing else has.
+  // In numbers 8 to 15 of `scratch`, which nothing else has.
   __device__ __forceinline__ explicit Arrivals(void* scratch)
-      : of_stages(static_cast<unsigned long long*>(scratch) + 4) {}
+      : of_stages(static_cast<unsigned long long*>(scratch) + 8 / 2) {}
 
   __device__ __forceinline__ unsigned long long* of(int stage) const { return of_stages + stage; }
 

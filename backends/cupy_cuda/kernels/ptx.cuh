@@ -129,7 +129,8 @@ __device__ __forceinline__ void mma_m16n8k16<half>(float (&d)[4], const unsigned
 // mma.sync would leave them. Operands in shared memory are rows of 128 bytes whose chunks of 16 are permuted by the row
 // (place_of in common.cuh), in groups of eight rows at multiples of 1024 bytes. The threads go on meanwhile.
 
-// Shows what this thread has written to shared memory to products that come after the next barrier.
+// Shows what this thread has written to shared memory to products that come after the next barrier; and the bulk copy
+// engine may then write where this thread has read or written.
 __device__ __forceinline__ void wgmma_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Before a product that takes registers which threads have touched.
@@ -284,10 +285,6 @@ __device__ __forceinline__ void bulk_copy_rows(void* smem, const TensorMap& map,
       "[%0], [%1, {%2, %2, %2, %3, %4}], [%5];" ::"r"(smem_address(smem)),
       "l"(&map), "r"(0), "r"(i_group), "r"(i_head), "r"(smem_address(barrier))
       : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
 // Keeps in registers what would otherwise be worked out anew where it is used.

@@ -198,7 +198,6 @@ inline void bulk_copy_rows(void* smem, const TensorMap& map, int i_group, int i_
                            EMULATOR_SITE) {
     emulator::copy_box(smem, map, i_group, i_head, barrier, site);
 }
-inline void prefetch_map(const TensorMap&) {}
 
 inline float log2_approx(float x) { return std::log2(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }
