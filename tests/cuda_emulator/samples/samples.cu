@@ -311,7 +311,6 @@ __global__ void copies_box(const __grid_constant__ Box box) {
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned long long* arrival = reinterpret_cast<unsigned long long*>(smem);
   if (threadIdx.x == 0) {
-    prefetch_map(box.map);
     mbarrier_init(arrival);
     wgmma_proxy_fence();
     mbarrier_arrive(arrival, box.n);
