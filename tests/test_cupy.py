@@ -902,9 +902,19 @@ def test_who_copies_changes_no_bit(emulator: EmulatedLauncher) -> None:
 
 @emulated
 @pytest.mark.slow
-def test_no_access_out_of_bounds_and_no_race() -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(20, 70, head_dim=40, head_dim_v=35, dtype=HALF, alpha=1.5, is_causal=True),
+        # Tiles that end in between; and lists that are full while loads are under way.
+        Case(136, 200, batch=2, head_dim=64, head_dim_v=64, dtype=HALF, seqlens_q=(136, 99), seqlens_k=(200, 131)),
+        Case(128, 900, head_dim=64, head_dim_v=64, dtype=HALF, kind="equal"),
+    ],
+    ids=["threads copy", "padded", "full lists"],
+)
+def test_no_access_out_of_bounds_and_no_race(case: Case) -> None:
     launching = EmulatedLauncher(launcher.KERNELS, seed=2, is_checked=True)
-    request, dout = Case(20, 70, head_dim=40, head_dim_v=35, dtype=HALF, alpha=1.5, is_causal=True).build(CPU)
+    request, dout = case.build(CPU)
     assert_attention(CupyBackend("histogram", launching, (9, 0)), request, dout)
 
 
