@@ -433,7 +433,10 @@ class CupyBackend:
         follows: bool = True,
         is_bulk: bool = False,
     ) -> None:
-        """A kernel as the configuration has it; ``values`` are its template's first."""
+        """A kernel as the configuration has it; ``values`` are its template's first.
+
+        With ``is_bulk`` its tiles come by the bulk copy engine.
+        """
         kernel, warps, shared_bytes = _kernel(*call.setting, stage, name, is_bulk, *values)
         self._launch(kernel, programs, warps, shared_bytes, record, follows)
 
@@ -578,7 +581,7 @@ class CupyBackend:
                 name = "entmax_attn_bwd_dq_entries"
                 self._launch_stage(call, "dq_entries", name, call.programs, record, alpha, per_head)
             blocks = request.batch * request.heads_kv * call.n_blocks
-            # tau and delta of a head, too, begin at a multiple of 16 bytes.
+            # tau and delta of each head, too, begin at a multiple of 16 bytes.
             is_bulk = call.has_maps("qo") and request.seqlen_q % 4 == 0 and tau.data_ptr() % 16 == 0
             self._launch_stage(call, "dkv", "entmax_attn_bwd_dkv", blocks, record, alpha, is_bulk=is_bulk)
             if call.has_entries:

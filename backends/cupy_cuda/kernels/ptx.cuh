@@ -293,8 +293,6 @@ __device__ __forceinline__ void keep(V*& pointer) {
   asm volatile("" : "+l"(pointer));
 }
 
-__device__ __forceinline__ void keep(unsigned& number) { asm volatile("" : "+r"(number)); }
-
 // a times b bytes behind the pointer, in the order that is written: the compiler would make all of several such addresses
 // first.
 template <class V>

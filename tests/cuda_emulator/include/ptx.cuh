@@ -204,7 +204,6 @@ inline float exp2_approx(float x) { return std::exp2(x); }
 inline float saturated(float a, float b, float c) { return std::min(std::fmax(std::fma(a, b, c), 0.0f), 1.0f); }
 template <class V>
 inline void keep(V*&) {}
-inline void keep(unsigned&) {}
 template <class V>
 inline V* bytes_behind(V* pointer, unsigned a, unsigned b) {
     return (V*)(uintptr_t(pointer) + uint64_t(a) * b);
