@@ -410,7 +410,7 @@ __device__ __forceinline__ void load_tile(T* tile, const HeadRows<T>& rows, int 
         cp_async_16(tile + place(row, i, chunk), from, true);
       }
     } else if (rows.is_aligned) {
-#pragma unroll(ROWS / STEP > 8 ? 2 : COPIES)
+#pragma unroll(ROWS / STEP > 8 || sizeof(T) == 4 ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
         cp_async_16(tile + place(row, i, chunk), is_valid(i) ? from + i * rows.stride : rows.base, is_valid(i));
