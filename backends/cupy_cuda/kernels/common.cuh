@@ -386,6 +386,15 @@ constexpr bool HAS_MORE_ROOM = false;
 constexpr bool HAS_MORE_ROOM = true;
 #endif
 
+// Whether a kernel has few registers for addresses: float32's dkv, but at 256 channels on sm_90, whose compiler finds more.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+template <class T, int D>
+constexpr bool HAS_FEW = sizeof(T) == 4 && D <= 128;
+#else
+template <class T, int D>
+constexpr bool HAS_FEW = sizeof(T) == 4;
+#endif
+
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read. FAST: in fewer
 // instructions where the rows lie whole inside the memory, for which some kernels have no registers.
 template <class T, int D, int ROWS, int THREADS, bool FAST = HAS_MORE_ROOM && sizeof(T) == 2 && D <= 128>
@@ -410,7 +419,7 @@ __device__ __forceinline__ void load_tile(T* tile, const HeadRows<T>& rows, int 
         cp_async_16(tile + place(row, i, chunk), from, true);
       }
     } else if (rows.is_aligned) {
-#pragma unroll(ROWS / STEP > 8 || sizeof(T) == 4 ? 2 : COPIES)
+#pragma unroll(ROWS / STEP > 8 || HAS_FEW<T, D> ? 2 : COPIES)
       for (int i = 0; i < ROWS; i += STEP) {
         if (ROWS % STEP != 0 && i + row >= ROWS) break;
         cp_async_16(tile + place(row, i, chunk), is_valid(i) ? from + i * rows.stride : rows.base, is_valid(i));
