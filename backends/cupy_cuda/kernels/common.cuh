@@ -396,7 +396,8 @@ constexpr bool HAS_FEW = sizeof(T) == 4;
 #endif
 
 // Rows from `first` on, zero outside low <= row < high and past the head's width. Other memory is not read. FAST: in fewer
-// instructions where the rows lie whole inside the memory, for which some kernels have no registers.
+// instructions where the rows lie whole inside the memory, for which some kernels have no registers. The stride of rows that
+// are aligned is below 2 ** 31 (backend.py).
 template <class T, int D, int ROWS, int THREADS, bool FAST = HAS_MORE_ROOM && sizeof(T) == 2 && D <= 128>
 __device__ __forceinline__ void load_tile(T* tile, const HeadRows<T>& rows, int first, int low, int high) {
   static_assert(THREADS % CHUNKS<T, D> == 0 || CHUNKS<T, D> % THREADS == 0);

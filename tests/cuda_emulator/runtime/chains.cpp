@@ -70,15 +70,14 @@ void let_kernel_begin() {
 
 const char* touch_tensor(const void* address, int64_t bytes, Access access) {
     auto a = uintptr_t(address);
-    bool is_read = access == Access::read || access == Access::product;
     if (launch->follows && !running().has_waited)
         for (const Trace& other : others) {
             unsigned char bits = other.bits_of(a, bytes);
-            if (bits & WRITTEN && is_read) return "read before the kernel that wrote it is waited for";
+            if (bits & WRITTEN && is_read(access)) return "read before the kernel that wrote it is waited for";
             if (bits & WRITTEN) return "written before the kernel that wrote it, too, is waited for";
-            if (bits && !is_read) return "written before the kernel that read it is waited for";
+            if (bits && !is_read(access)) return "written before the kernel that read it is waited for";
         }
-    own.add(a, bytes, is_read ? READ : access == Access::atomic ? READ | WRITTEN : WRITTEN);
+    own.add(a, bytes, is_read(access) ? READ : access == Access::atomic ? READ | WRITTEN : WRITTEN);
     return nullptr;
 }
 

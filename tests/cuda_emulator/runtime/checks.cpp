@@ -95,10 +95,6 @@ bool is_fenced(const Event& event, const Fiber& self) {
     return event.thread == self.number || clocks[self.number][event.thread] >= fences[event.fences];
 }
 
-bool is_read(Access access) {
-    return access == Access::read || access == Access::product || access == Access::phase || access == Access::signal;
-}
-
 [[noreturn]] void fail(const std::string& what, const void* address, const void* from) {
     abandon(what + ": " + describe_address(address) + "; " + where() + " at " + to_string({{"", 0}, from}));
 }

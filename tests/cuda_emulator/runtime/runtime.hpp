@@ -125,6 +125,9 @@ void end_copy(const Copy& copy);
 // A product reads and a bulk copy writes by another proxy than the threads. Of an mbarrier: setup begins and ends its
 // use, a phase is what threads do to it, a signal what a bulk copy does.
 enum class Access : unsigned char { read, write, atomic, product, bulk, setup, phase, signal };
+inline bool is_read(Access access) {
+    return access == Access::read || access == Access::product || access == Access::phase || access == Access::signal;
+}
 void check_access(const void* address, int64_t bytes, Access access, const void* from);
 void begin_mbarrier(const void* address, const void* from);
 void end_mbarrier(const void* address, const void* from);
