@@ -937,6 +937,27 @@ def test_support(emulator: EmulatedLauncher) -> None:
 
 @emulated
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(300, 300, head_dim=64, head_dim_v=64, dtype=BF16, kind="narrow", is_causal=True),
+        Case(
+            136, 500, batch=2, head_dim=128, head_dim_v=128, dtype=HALF, kind="narrow", is_causal=True,
+            seqlens_q=(136, 99), seqlens_k=(500, 331),
+        ),
+        Case(130, 400, head_dim=128, head_dim_v=128, dtype=BF16, gain=-1.0),
+    ],
+    ids=["64", "padded", "negative scale"],
+)  # fmt: skip
+def test_no_race_where_stages_are_filled_again(case: Case, seed: int) -> None:
+    """In dkv, tau and delta were once overwritten by the bulk copy engine with no fence behind the threads' reads."""
+    request, dout = case.build(CPU)
+    assert_attention(CupyBackend(launcher=emulator_of(seed, is_checked=True), capability=HOPPER), request, dout)
+
+
+@emulated
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
 def test_entmax(emulator: EmulatedLauncher, alpha: float) -> None:
     whole = CupyBackend(launcher=emulator, capability=(9, 0))

@@ -394,6 +394,8 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         begin_accumulate(dv, packed_p, dout_part);
         finish<1>(ds);
         differentiate(ds, w, stage);
+        // The engine will write where tau and delta were.
+        if constexpr (BULK) wgmma_proxy_fence();
         pack(packed_ds, ds);
         begin_accumulate(dk, packed_ds, q_part);
         finish<0>(dv);
