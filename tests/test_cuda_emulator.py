@@ -35,7 +35,7 @@ KERNELS = (
     *("half_a_block_waits", "halves_of_a_block_wait_apart", "reads_unwritten", "stores_shared", "stores_global"),
     *("stores_vector", "divides", "copies_from", "loads_matrices_at", "touches_a_copy", "increments_alone"),
     *(f"increments<{early}, {lets_first}>" for early in ("false", "true") for lets_first in ("false", "true")),
-    *("copies_box", "copies_bulk", "ring"),
+    *("copies_box", "copies_bulk", "ring", "hands_over"),
 )
 
 
@@ -69,6 +69,11 @@ def line_of(kernel: str, text: str) -> str:
     lines = (SAMPLES / SOURCE).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if re.search(rf"\b{kernel}\(", line))
     return f"{SOURCE}:{1 + next(i for i in range(start, len(lines)) if text in lines[i])}"
+
+
+def constants(enum: str) -> list[str]:
+    """Of an enum of the samples."""
+    return re.findall(r"\w+", (SAMPLES / SOURCE).read_text().partition(f"enum {enum} {{")[2].partition("}")[0])
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -368,7 +373,7 @@ class TestRing:
             *(("n", "i4"), ("fault", "i4"), ("_", "V16")),
         ]
     )
-    faults = re.findall(r"\w+", (SAMPLES / SOURCE).read_text().partition("enum Fault {")[2].partition("}")[0])
+    faults = constants("Fault")
 
     def run(self, launcher: EmulatedLauncher, fault: str, n: int = 6) -> tuple[Tensor, ...]:
         # Whole numbers, of which every sum is exact.
@@ -401,8 +406,8 @@ class TestRing:
                 r"mbarrier_wait that nothing ends: the mbarrier at byte 16896 of shared memory, phase 0, has 8448 of "
                 r"the 8464 bytes announced at samples\.cu:\d+; block .*, warps 0-3: lanes 0-31 mbarrier_wait at {wait}",
             ),
-            ("NO_ARRIVAL", "nothing ends: the mbarrier at byte 16896 of shared memory, phase 0, has no arrival; block"),
-            ("TWO_ARRIVALS", "a second arrival in a phase: the mbarrier at byte 16896 of shared memory, phase 0"),
+            ("NO_ARRIVAL", "nothing ends: the mbarrier at byte 16896 of shared memory, phase 0, has 0 of 1 arrivals; block"),
+            ("TWO_ARRIVALS", "more arrivals in a phase than 1: the mbarrier at byte 16896 of shared memory, phase 0"),
             ("TWO_INITS", "mbarrier_init of one that is initialised: the mbarrier at byte 16904"),
             ("NO_INIT", "mbarrier_arrive of an mbarrier that is not initialised: byte 16896"),
             ("WAIT_AFTER_END", "mbarrier_wait of an mbarrier that is not initialised: byte 16896"),
@@ -437,6 +442,53 @@ class TestRing:
         lines = {name: line_of("ring", text) for name, text in {**texts, "read": "sum +="}.items()}
         with pytest.raises(KernelError, match=message.format(**lines)):
             self.run(launchers(is_checked=True), fault)
+
+
+class TestHandover:
+    """Of stages that one warp fills and two others use."""
+
+    def run(self, launcher: EmulatedLauncher, fault: str, n: int = 6) -> tuple[Tensor, ...]:
+        numbers, out, last = random(n, 64), torch.zeros(n, 64), torch.zeros(64)
+        args = [numbers, out, last, np.int32(n), np.int32(constants("HandoverFault").index(fault))]
+        launcher.launch(SOURCE, "hands_over", 1, 192, 1024, args)
+        return numbers, out, last
+
+    @pytest.mark.parametrize("n", [1, 2, 5])
+    def test_right(self, launcher: EmulatedLauncher, n: int) -> None:
+        numbers, out, last = self.run(launcher, "WELL", n)
+        assert torch.equal(out, numbers.flip(1))
+        assert torch.equal(last, numbers[-1].flip(0))
+
+    @pytest.mark.parametrize("seed", [3, 4, 5])
+    def test_right_in_any_order(self, launchers: Launchers, seed: int) -> None:
+        self.test_right(launchers(seed, is_checked=True), 5)
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("GIVEN_BACK_BY_ONE_WARP", "nothing ends: the mbarrier at byte 784 of .*, phase 0, has 1 of 2 arrivals;"),
+            ("GIVEN_BACK_TWICE", r"nothing ends: the mbarrier at byte 768 of .*, phase \d, has 0 of 1 arrivals;"),
+            ("NOT_WAITED_FOR_FREE", "more arrivals in a phase than 1: the mbarrier at byte 768 of shared memory"),
+            ("SYNC_OF_TOO_MANY", r"sync_first of 64 threads by another one; thread \(\d+, 0, 0\)"),
+            ("NO_ARRIVALS", "mbarrier_init for 0 arrivals: expected 1 to 1048575"),
+        ],
+    )
+    def test_wrong(self, launcher: EmulatedLauncher, fault: str, message: str) -> None:
+        with pytest.raises(KernelError, match=message):
+            self.run(launcher, fault)
+
+    @pytest.mark.parametrize(
+        ("fault", "message"),
+        [
+            ("GIVEN_BACK_EARLY", r"race: written without a barrier after thread \d+ of block 0 has read it at {read}"),
+            ("GIVEN_BACK_BY_ONE_LANE", r"race: written without a barrier after thread \d+ of block 0 has read it at {read}"),
+            ("NO_SYNC", "read before it is written: byte"),
+        ],
+    )
+    @pytest.mark.parametrize("seed", [None, 3])
+    def test_found_by_checks(self, launchers: Launchers, fault: str, message: str, seed: int | None) -> None:
+        with pytest.raises(KernelError, match=message.format(read=line_of("hands_over", "number = stages"))):
+            self.run(launchers(seed, is_checked=True), fault)
 
 
 def test_unwritten_shared_memory(launchers: Launchers) -> None:

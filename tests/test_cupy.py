@@ -99,6 +99,11 @@ class Recorder:
         return bytes([len(self.mapped)] * launcher.MAP_BYTES) if self._has_maps else None
 
 
+def is_bulk(kernel: str) -> bool:
+    """Whether the bulk copy engine brings its tiles: the flag behind that of wgmma, maybe with warps that ask for them."""
+    return re.search(r", true, true(, \d+)?>$", kernel) is not None
+
+
 def everything(whole: CupyBackend, request: AttentionRequest) -> None:
     """Each kernel once."""
     request = dataclasses.replace(request, save_for_backward=True)
@@ -512,7 +517,7 @@ def test_what_the_bulk_copy_engine_reads(
     box = (*sizes[:3], 8, 1)
     assert recorder.mapped == [(k.data_ptr(), sizes, strides, box)] * 2  # keys and values
     _, *launches = recorder.launches
-    assert all(launch.kernel.endswith(", true, true>") for launch in launches)
+    assert all(is_bulk(launch.kernel) for launch in launches)
     args = launches[0].args
     assert (args["heads_apart_k"], args["heads_apart_v"]) == (heads_apart, heads_apart)
     assert {args["map_of_k"].tobytes()[0], args["map_of_v"].tobytes()[0]} == {1, 2}
@@ -552,12 +557,27 @@ def test_each_kernel_has_copies_of_its_own_kind() -> None:
         whole.backward(request, result.out, result.tau, result.saved, torch.zeros_like(result.out))
         names = ("fwd_scan", "fwd_refine", "fwd_output", "bwd_dq<", "bwd_dkv<")
         (kernels,) = [[launch.kernel for launch in recorder.launches if any(name in launch.kernel for name in names)]]
-        return [kernel.endswith(", true, true>") for kernel in kernels]
+        return [is_bulk(kernel) for kernel in kernels]
 
     assert kinds(80, 64) == [True] * 5
     assert kinds(80, 40) == [True, True, False, False, False]
     assert kinds(40, 64) == kinds(81, 64) == [True, True, True, True, False]
     assert kinds(80, 64, has_maps=False) == [False] * 5
+
+
+@pytest.mark.parametrize(("dtype", "head", "producers"), [(BF16, 64, 4), (BF16, 128, 4), (HALF, 64, 0), (HALF, 128, 4)])
+def test_warps_that_only_ask_for_tiles(dtype: torch.dtype, head: int, producers: int) -> None:
+    """They come with the bulk copy engine alone."""
+    config = configure(dtype, head, (9, 0))
+    assert config is not None
+    for has_maps in (True, False):
+        recorder = Recorder(has_maps)
+        k = torch.zeros(1, 2, 80, head, dtype=dtype)
+        CupyBackend(launcher=recorder, capability=(9, 0)).forward(AttentionRequest(k, k, k, scale=1.0))
+        (output,) = [launch for launch in recorder.launches if "fwd_output" in launch.kernel]
+        more = producers if has_maps else 0
+        assert output.block == (32 * (config.output.warps + more), 1, 1)
+        assert output.kernel.endswith(f", true, {str(has_maps).lower()}{f', {more}' * (more > 0)}>")
 
 
 @pytest.mark.parametrize(("seqlen_q", "seqlen_k", "saves"), [(17, 4000, False), (16, 2047, False), (1, 4000, True)])
@@ -920,23 +940,6 @@ def test_no_access_out_of_bounds_and_no_race(case: Case) -> None:
 
 @emulated
 @pytest.mark.slow
-def test_no_race_and_no_kernel_too_early() -> None:
-    """By blocks, too; warps once read what others wrote where each marked the blocks that are live."""
-    request, dout = Case(300, 300, head_dim=64, head_dim_v=64, dtype=BF16, kind="topics", is_causal=True).build(CPU)
-    checking = CupyBackend(launcher=emulator_of(0, is_checked=True), capability=HOPPER)
-    assert not are_entry_tiles(checking, request).all()
-    assert_attention(checking, request, dout)
-
-
-@emulated
-@pytest.mark.slow
-def test_support(emulator: EmulatedLauncher) -> None:
-    request, _ = Case(150, 170, head_dim=40, group=2, is_causal=True, dtype=HALF).build(CPU)
-    assert_support(CupyBackend(launcher=emulator, capability=(9, 0)).support(request, 32, 48), request, "cupy")
-
-
-@emulated
-@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     "case",
@@ -954,6 +957,23 @@ def test_no_race_where_stages_are_filled_again(case: Case, seed: int) -> None:
     """In dkv, tau and delta were once overwritten by the bulk copy engine with no fence behind the threads' reads."""
     request, dout = case.build(CPU)
     assert_attention(CupyBackend(launcher=emulator_of(seed, is_checked=True), capability=HOPPER), request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_no_race_and_no_kernel_too_early() -> None:
+    """By blocks, too; warps once read what others wrote where each marked the blocks that are live."""
+    request, dout = Case(300, 300, head_dim=64, head_dim_v=64, dtype=BF16, kind="topics", is_causal=True).build(CPU)
+    checking = CupyBackend(launcher=emulator_of(0, is_checked=True), capability=HOPPER)
+    assert not are_entry_tiles(checking, request).all()
+    assert_attention(checking, request, dout)
+
+
+@emulated
+@pytest.mark.slow
+def test_support(emulator: EmulatedLauncher) -> None:
+    request, _ = Case(150, 170, head_dim=40, group=2, is_causal=True, dtype=HALF).build(CPU)
+    assert_support(CupyBackend(launcher=emulator, capability=(9, 0)).support(request, 32, 48), request, "cupy")
 
 
 @emulated

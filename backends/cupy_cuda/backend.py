@@ -252,10 +252,13 @@ def _kernel(
         tail = (warps,)
     else:
         launch: Launch = getattr(config, stage)
-        warps = launch.warps
-        tail = (launch.columns, warps, launch.stages, launch.programs)
+        tail = (launch.columns, launch.warps, launch.stages, launch.programs)
+        producers = launch.producers if is_bulk else 0
+        warps = launch.warps + producers
         if name != "entmax_attn_support":
             tail += (launch.wgmma, is_bulk)
+        if producers:
+            tail += (producers,)
     instantiation = _of(name, _TYPES[dtype], head, *values, config.block_m, config.block_n, *tail)
     return _Kernel(instantiation, warps, shared_memory(config, stage, dtype))
 

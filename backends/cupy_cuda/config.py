@@ -74,6 +74,7 @@ class Launch:
         stages: of the pipeline, each with its own buffer.
         programs: that a multiprocessor holds at once, at least: it bounds the registers of a thread.
         wgmma: whether warpgroups multiply, by the instructions that only capability 9.0 has.
+        producers: warps more, where the bulk copy engine brings the tiles, that do nothing but ask it for them.
     """
 
     warps: int
@@ -81,6 +82,7 @@ class Launch:
     stages: int
     programs: int
     wgmma: bool = False
+    producers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,7 +298,7 @@ _HALF_OF_ONE = {
         64,
         scan=Launch(8, 128, 2, 2, True),
         refine=Launch(8, 64, 3, 2, True),
-        output=Launch(4, 64, 3, 2, True),
+        output=Launch(4, 64, 3, 2, True, producers=4),
         dq=Launch(4, 64, 2, 2, True),
         dkv=Launch(4, 64, 2, 2, True),
     ),
@@ -308,8 +310,11 @@ _HALF_OF_ONE = {
     ((12, 0), 256): _config((256, 64, 32, 32), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1)),
     ((12, 0), 128): _config((128, 64, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (2, 16, 1, 1), (4, 16, 2, 1)),
 }
-# Which has one sum where float16 has two, and so registers for more warps.
-_BFLOAT16_OUTPUT = {((9, 0), 64): Launch(8, 64, 4, 2, True)}
+# Which has one sum where float16 has two, and so registers for more numbers, programs or warps.
+_BFLOAT16_OUTPUT = {
+    ((8, 0), 128): Launch(4, 32, 2, 2),
+    ((9, 0), 64): Launch(4, 64, 4, 3, True, producers=4),
+}
 _FLOAT = {
     64: [
         _config((64, 64, 64, 32), (4, 32, 2, 1), (4, 32, 2, 1), (4, 32, 1, 1), (2, 32, 1, 1)),

@@ -471,9 +471,9 @@ class TileLoader {
   // The same, of rows that a map has, in few instructions.
   __device__ __forceinline__ void load_part(int i_tile, int first) const {
     T* tile = tiles + i_tile * ROWS * D;
-    const int chunk = static_cast<int>(threadIdx.x) % CHUNKS<T, D>;
+    const int thread = static_cast<int>(threadIdx.x) % THREADS, chunk = thread % CHUNKS<T, D>;
 #pragma unroll 1
-    for (int row = static_cast<int>(threadIdx.x) / CHUNKS<T, D>; row < ROWS; row += THREADS / CHUNKS<T, D>) {
+    for (int row = thread / CHUNKS<T, D>; row < ROWS; row += THREADS / CHUNKS<T, D>) {
       const bool is_valid = first + row >= low && first + row < high;
       const T* from = rows.base + (is_valid ? (first + row) * rows.stride + chunk * PER_CHUNK<T> : 0);
       cp_async_16(tile + place_of<T, D>(row, chunk), from, is_valid);
@@ -518,6 +518,32 @@ class NumberLoader {
   }
 };
 
+// Asks the bulk copy engine for what a stage needs of each loader: GROUP tiles, which begin at `firsts`; `asks` is true for
+// one of the loaders' threads. What is not whole they copy themselves.
+template <int GROUP, class... Loaders>
+__device__ __forceinline__ void ask_for(unsigned long long* arrival, int stage, const int (&firsts)[GROUP], bool asks,
+                                        const Loaders&... loaders) {
+  bool are_whole = true;
+#pragma unroll
+  for (int i = 0; i < GROUP; i++) are_whole &= (loaders.is_whole(firsts[i]) && ...);
+  if (are_whole) {
+    if (asks) {
+      mbarrier_arrive(arrival, GROUP * (Loaders::BYTES + ...));
+#pragma unroll
+      for (int i = 0; i < GROUP; i++) (loaders.copy(GROUP * stage + i, firsts[i], arrival), ...);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < GROUP; i++) (loaders.load_part(GROUP * stage + i, firsts[i]), ...);
+    cp_async_commit();
+    cp_async_wait<0>();
+    wgmma_proxy_fence();
+    // What other warps have copied is seen behind a barrier.
+    syncwarp();
+    if (asks) mbarrier_arrive(arrival, 0);
+  }
+}
+
 // Mbarriers of a pipeline's stages, which tell when the bulk copy engine has brought what was asked for; with BULK false
 // there are none, and threads copy.
 template <bool BULK>
@@ -542,7 +568,7 @@ class Arrivals {
       __syncthreads();
       if (threadIdx.x == 0) {
 #pragma unroll
-        for (int stage = 0; stage < STAGES; stage++) mbarrier_init(of(stage));
+        for (int stage = 0; stage < STAGES; stage++) mbarrier_init(of(stage), 1);
         wgmma_proxy_fence();
       }
     }
@@ -559,28 +585,11 @@ class Arrivals {
     }
   }
 
-  // Asks for what a stage needs of each loader: GROUP tiles, which begin at `firsts`.
+  // By all threads.
   template <int GROUP, class... Loaders>
   __device__ __forceinline__ void load(int stage, const int (&firsts)[GROUP], const Loaders&... loaders) const {
     if constexpr (BULK) {
-      bool are_whole = true;
-#pragma unroll
-      for (int i = 0; i < GROUP; i++) are_whole &= (loaders.is_whole(firsts[i]) && ...);
-      if (are_whole) {
-        if (threadIdx.x == 0) {
-          mbarrier_arrive(of(stage), GROUP * (Loaders::BYTES + ...));
-#pragma unroll
-          for (int i = 0; i < GROUP; i++) (loaders.copy(GROUP * stage + i, firsts[i], of(stage)), ...);
-        }
-      } else {
-#pragma unroll
-        for (int i = 0; i < GROUP; i++) (loaders.load_part(GROUP * stage + i, firsts[i]), ...);
-        cp_async_commit();
-        cp_async_wait<0>();
-        wgmma_proxy_fence();
-        // What the others have copied they see behind the next barrier.
-        if (threadIdx.x == 0) mbarrier_arrive(of(stage), 0);
-      }
+      ask_for(of(stage), stage, firsts, threadIdx.x == 0, loaders...);
     } else {
 #pragma unroll
       for (int i = 0; i < GROUP; i++) (loaders.load(GROUP * stage + i, firsts[i]), ...);
@@ -588,12 +597,17 @@ class Arrivals {
   }
 };
 
-// The tile times the sign of the scale.
-template <class T, int D, int ROWS, int THREADS>
-__device__ __forceinline__ void apply_sign(T* tile, int sign) {
+// The tile times the sign of the scale; `sync` is a barrier of the threads that do it.
+template <class T, int D, int ROWS, int THREADS, class Sync>
+__device__ __forceinline__ void apply_sign(T* tile, int sign, Sync&& sync) {
   if (sign == 1) return;
   for (int i = threadIdx.x; i < ROWS * D; i += THREADS) tile[i] = from_float<T>(to_float<T>(tile[i]) * sign);
-  __syncthreads();
+  sync();
+}
+
+template <class T, int D, int ROWS, int THREADS>
+__device__ __forceinline__ void apply_sign(T* tile, int sign) {
+  apply_sign<T, D, ROWS, THREADS>(tile, sign, []() { __syncthreads(); });
 }
 
 // ---- threads of a row: a quad holds columns 8 i + 2 l and 8 i + 2 l + 1 of rows lane / 4 and lane / 4 + 8
@@ -921,3 +935,78 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
   __syncthreads();
   ahead.arrivals.template end<STAGES>();
 }
+
+// ---- the same with warps of their own for the loads
+
+// Registers that a thread of these needs, and that leaves to one of the WARPS others: programs are launched with as many
+// for each.
+constexpr int FEW_REGISTERS = 24;
+
+template <int WARPS, int PRODUCERS, int PROGRAMS>
+constexpr int MOST_REGISTERS =
+    (65536 / (32 * (WARPS + PRODUCERS) * PROGRAMS) / 8 * 8 * (WARPS + PRODUCERS) - FEW_REGISTERS * PRODUCERS) / WARPS / 8 * 8;
+
+// STAGES that one warp fills by the bulk copy engine, and WARPS others use, each warpgroup at its own pace: two mbarriers
+// for each stage, of which one tells that it is full and the other one that it is free, take the place of barriers.
+template <int STAGES, int WARPS>
+class Ring {
+  unsigned long long *full, *free;
+
+  // use(i, stage, parity) for one load after the other; the parity is that of the stage's phase.
+  template <class Use>
+  __device__ __forceinline__ static void for_loads(int n, Use&& use) {
+    int stage = 0, round = 0;
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
+      use(i, stage, round);
+      if (stage == STAGES - 1) round ^= 1;
+      stage = stage == STAGES - 1 ? 0 : stage + 1;
+    }
+  }
+
+ public:
+  // In numbers 8 to 23 of `scratch`, which nothing else has.
+  __device__ __forceinline__ explicit Ring(void* scratch)
+      : full(static_cast<unsigned long long*>(scratch) + 8 / 2), free(full + 4) {
+    static_assert(STAGES <= 4);
+  }
+
+  // By one thread; seen by all after a barrier.
+  __device__ __forceinline__ void begin() const {
+#pragma unroll
+    for (int stage = 0; stage < STAGES; stage++) {
+      mbarrier_init(full + stage, 1);
+      mbarrier_init(free + stage, WARPS);
+    }
+    wgmma_proxy_fence();
+  }
+
+  // By the warp that asks for n loads, one tile of each loader, which has the warp's threads alone.
+  template <class Place, class... Loaders>
+  __device__ __forceinline__ void fill(int n, const Place& place, const Loaders&... loaders) const {
+    int next = n > 0 ? place(0) : 0;
+    for_loads(n, [&](int i, int stage, int round) {
+      const int first = next;
+      next = place(min(i + 1, n - 1));
+      // A lane that is late would take the phase after the one it waits for for another.
+      syncwarp();
+      mbarrier_wait(free + stage, round ^ 1);
+      ask_for(full + stage, stage, {first}, lane_of() == 0, loaders...);
+    });
+  }
+
+  // By the others: compute(i, stage), which gives its stage back, or that of the compute before.
+  template <class Compute>
+  __device__ __forceinline__ void use(int n, Compute&& compute) const {
+    for_loads(n, [&](int i, int stage, int round) {
+      mbarrier_wait(full + stage, round);
+      compute(i, stage);
+    });
+  }
+
+  // The warp no longer reads it.
+  __device__ __forceinline__ void give_back(int stage) const {
+    syncwarp();
+    if (lane_of() == 0) mbarrier_arrive(free + stage);
+  }
+};

@@ -63,9 +63,10 @@ constexpr int PROGRAMS_OF = PROGRAMS > 2 && IS_HALF<T> && !IS_BF16<T> && ALPHA !
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
 // is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and the
 // slope, sum w, is that of the step before. KEYS keys are multiplied at once; values wider than DV are taken in parts.
+// With PRODUCERS, so many warps more ask for the tiles.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
-          bool WGMMA, bool BULK>
-__global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
+          bool WGMMA, bool BULK, int PRODUCERS = 0>
+__global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGRAMS, ALPHA>)
     entmax_attn_fwd_output(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = 1;
@@ -74,6 +75,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
   constexpr int NV = DV / 8;
   constexpr int R = 2 * M;
   constexpr bool CORRECTED = !IS_BF16<T>;
+  // Whether queries are a left operand in registers.
+  constexpr bool KEPT = WGMMA ? !CORRECTED : CAN_KEEP<T, D>;
+  static_assert(PRODUCERS == 0 || (BULK && DV >= D));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + ROWS * D;
@@ -82,6 +86,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
   float* staging = reinterpret_cast<float*>(scratch + 32) + warp_of() * STAGING<M, N>;
 
   constexpr int PARTS = BLOCK_M / ROWS;
+  const Ring<STAGES, WARPS> ring(scratch);
+  if (PRODUCERS > 0 && threadIdx.x == 0) ring.begin();
   const QueryTile tile = query_tile<BLOCK_M, PARTS>(params, keep_turn(tile_turn<PARTS>(params), scratch));
   keep_place(MaskPlace{tile.first, tile.lengths}, scratch);
   // So that no register keeps it through the loop.
@@ -92,6 +98,26 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
   const Arrivals<BULK> arrivals(scratch);
   const int* list = params.list + tile.index * params.n_blocks;
   keep(list);
+  if constexpr (PRODUCERS > 0) {
+    if (warp_of() >= WARPS) {
+      give_registers_back<FEW_REGISTERS>();
+      wait_for_kernel_before();
+      const int counted = params.counts[tile.index];
+      if (warp_of() == WARPS && counted >= 0)
+        ring.fill(counted & ~BAD_TILE, [&](int i) { return load_kept(list, i) * BLOCK_N; },
+                  TileLoader<T, D, BLOCK_N, 32>(k_tiles, rows_of_k<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k),
+                  TileLoader<T, DV, BLOCK_N, 32>(v_tiles, rows_of_v<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k));
+      return;
+    }
+    take_registers<MOST_REGISTERS<WARPS, PRODUCERS, PROGRAMS>>();
+  }
+  auto sync = []() {
+    if constexpr (PRODUCERS > 0) {
+      sync_first<THREADS>();
+    } else {
+      __syncthreads();
+    }
+  };
 
   load_tile<T, D, ROWS, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q);
   cp_async_commit();
@@ -103,8 +129,13 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
   const int count = counted & ~BAD_TILE;
   const bool has_bad = counted != count;
   const int whole = whole_of<BLOCK_M, BLOCK_N>(list, count, tile.everyone / BLOCK_N);
-  __syncthreads();
-  apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign);
+  sync();
+  apply_sign<T, D, ROWS, THREADS>(q_tile, params.sign, sync);
+  const LeftRows<T, D, M, KEPT> left(q_tile, warp_of() * 16 * M);
+  if constexpr (PRODUCERS > 0 && !KEPT) {
+    wgmma_proxy_fence();
+    sync();
+  }
 
   // A row whose tau is NaN has no u above 0.
   float tau[R], f[R], g[R];
@@ -155,14 +186,22 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
       finish<0>(out);
       if constexpr (CORRECTED) finish<0>(wv);
     };
-    const Operand<T, D> queries = Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys(k_tiles);
+    const Operand<T, D> keys(k_tiles);
+    auto begin_products = [&](float(&s)[M][N][4], int stage) {
+      const Operand<T, D> of_stage = keys.from(stage * BLOCK_N);
+      if constexpr (WGMMA && KEPT) {
+        begin_scores(s, left.fragments, of_stage);
+      } else if constexpr (WGMMA) {
+        begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), of_stage);
+      }
+    };
     if constexpr (WGMMA && CORRECTED && PROGRAMS * WARPS > 8) {
       // The registers have no room for sums that are under way beside the scores.
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
         Packed<T, N> p, w;
         ahead.ask();
-        begin_scores(s, queries, keys.from(stage * BLOCK_N));
+        begin_products(s, stage);
         finish<0>(s);
         mask(s, i, 0);
         marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
@@ -177,29 +216,35 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS_OF<T, PROGRAMS, ALPHA>)
       int before = 0;
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
-        begin_scores(s, queries, keys.from(stage * BLOCK_N));
+        begin_products(s, stage);
         begin_sums(p, w, before);
-        ahead.ask();
+        if constexpr (PRODUCERS == 0) ahead.ask();
         finish<(CORRECTED ? 0 : 1)>(s);
+        const int done = before;
         before = stage;
         mask(s, i, 0);
         if constexpr (CORRECTED) {
           finish_sums();
+          if (PRODUCERS > 0 && i > 0) ring.give_back(done);
           marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
         } else {
           float unused[M][N][4];
           marks.add(i, weigh<ALPHA, false>(s, unused, f, g, tau, c, r), write_live);
           finish_sums();
+          if (PRODUCERS > 0 && i > 0) ring.give_back(done);
           pack(p, s);
         }
       };
-      pipeline<STAGES, true, 1>(count, ahead, take_block);
+      if constexpr (PRODUCERS > 0) {
+        ring.use(count, take_block);
+      } else {
+        pipeline<STAGES, true, 1>(count, ahead, take_block);
+      }
       if (count > 0) {
         begin_sums(p, w, before);
         finish_sums();
       }
     } else {
-      const LeftRows<T, D, M, CAN_KEEP<T, D>> left(q_tile, warp_of() * 16 * M);
       pipeline<STAGES>(count, ahead, [&](int i, int stage) {
         bool has_support = false;
 #pragma unroll 1

@@ -245,9 +245,9 @@ struct alignas(64) TensorMap {
   unsigned long long words[16];
 };
 
-// A phase ends when one thread has arrived and the bytes that it announced are there.
-__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(smem_address(barrier)) : "memory");
+// A phase ends when so many threads have arrived and the bytes that they announced are there.
+__device__ __forceinline__ void mbarrier_init(unsigned long long* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(barrier)), "r"(arrivals) : "memory");
 }
 
 // Its memory may have another use then.
@@ -260,7 +260,11 @@ __device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier, int
                : "memory");
 }
 
-// Until the phase of this parity, 0 for the first one, has ended.
+__device__ __forceinline__ void mbarrier_arrive(unsigned long long* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(barrier)) : "memory");
+}
+
+// Until the phase of this parity, 0 for the first one, has ended; the phase before the first one has.
 __device__ __forceinline__ void mbarrier_wait(unsigned long long* barrier, unsigned parity) {
   asm volatile(
       "{\n.reg .pred has_ended;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 has_ended, [%0], %1;\n"
@@ -285,6 +289,26 @@ __device__ __forceinline__ void bulk_copy_rows(void* smem, const TensorMap& map,
       "[%0], [%1, {%2, %2, %2, %3, %4}], [%5];" ::"r"(smem_address(smem)),
       "l"(&map), "r"(0), "r"(i_group), "r"(i_head), "r"(smem_address(barrier))
       : "memory");
+}
+
+// ---- a warpgroup of its own for what needs few registers (sm_90a)
+
+// A barrier of the first THREADS threads of a program.
+template <int THREADS>
+__device__ __forceinline__ void sync_first() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// Registers of each thread of the warpgroup from here on, a multiple of eight.
+template <int COUNT>
+__device__ __forceinline__ void give_registers_back() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+
+// Waits until others have given them back.
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
 // Keeps in registers what would otherwise be worked out anew where it is used.

@@ -45,6 +45,7 @@ void collective(Operation operation, const char* name, void* argument, Site site
 
 // All threads of the block; gives the number of votes.
 int barrier(bool vote, const char* name, Site site);
+void barrier_of_first(int threads, const char* name, Site site);
 
 void copy_async(void* shared, const void* global, int bytes, bool valid, Site site);
 void copy_async_commit();

@@ -70,7 +70,7 @@ void begin_step(const Step& step, Site site);
 void commit_steps();
 void wait_for_steps(int groups, Site site);
 void fence_proxy();
-void init_mbarrier(const void* mbarrier, Site site);
+void init_mbarrier(const void* mbarrier, int arrivals, Site site);
 void invalidate_mbarrier(const void* mbarrier, Site site);
 void arrive_at_mbarrier(const void* mbarrier, int bytes, Site site);
 void wait_for_mbarrier(const void* mbarrier, unsigned parity, Site site);
@@ -181,12 +181,17 @@ inline void wgmma_columns(float (&d)[N][4], const unsigned (&a)[4], unsigned lon
     emulator::begin_step({d[0], 8 * N, {a[0], a[1], a[2], a[3]}, 0, b, false, true, IS_BF16<T>, ADDS}, site);
 }
 
-inline void mbarrier_init(unsigned long long* barrier, EMULATOR_SITE) { emulator::init_mbarrier(barrier, site); }
+inline void mbarrier_init(unsigned long long* barrier, int arrivals, EMULATOR_SITE) {
+    emulator::init_mbarrier(barrier, arrivals, site);
+}
 inline void mbarrier_invalidate(unsigned long long* barrier, EMULATOR_SITE) {
     emulator::invalidate_mbarrier(barrier, site);
 }
 inline void mbarrier_arrive(unsigned long long* barrier, int bytes, EMULATOR_SITE) {
     emulator::arrive_at_mbarrier(barrier, bytes, site);
+}
+inline void mbarrier_arrive(unsigned long long* barrier, EMULATOR_SITE) {
+    emulator::arrive_at_mbarrier(barrier, 0, site);
 }
 inline void mbarrier_wait(unsigned long long* barrier, unsigned parity, EMULATOR_SITE) {
     emulator::wait_for_mbarrier(barrier, parity, site);
@@ -198,6 +203,15 @@ inline void bulk_copy_rows(void* smem, const TensorMap& map, int i_group, int i_
                            EMULATOR_SITE) {
     emulator::copy_box(smem, map, i_group, i_head, barrier, site);
 }
+
+template <int THREADS>
+inline void sync_first(EMULATOR_SITE) {
+    emulator::barrier_of_first(THREADS, "sync_first", site);
+}
+template <int COUNT>
+inline void give_registers_back() {}
+template <int COUNT>
+inline void take_registers() {}
 
 inline float log2_approx(float x) { return std::log2(x); }
 inline float exp2_approx(float x) { return std::exp2(x); }

@@ -238,7 +238,18 @@ void end_bulk(const void* to, int64_t bytes, int mbarrier, uint32_t phase, const
     std::fill_n(&plain_reads[uintptr_t(to) - uintptr_t(shared_memory)], bytes, Event{});
 }
 
-void see_phase(int mbarrier, uint32_t phase) { clocks[running().number][n_threads + mbarrier] = phase; }
+void tell(Clock& seen) {
+    uint32_t* own = clocks[running().number];
+    seen.resize(std::size_t(n_threads + MAX_MBARRIERS));
+    for (std::size_t i = 0; i < seen.size(); ++i) seen[i] = std::max(seen[i], own[i]);
+    ++own[running().number];
+}
+
+void see_phase(int mbarrier, uint32_t phase, const Clock& seen) {
+    uint32_t* own = clocks[running().number];
+    for (std::size_t i = 0; i < seen.size(); ++i) own[i] = std::max(own[i], seen[i]);
+    own[n_threads + mbarrier] = phase;
+}
 
 void fence_proxy() { running().fences.push_back(clocks[running().number][running().number]); }
 

@@ -9,7 +9,7 @@ namespace emulator {
 namespace {
 
 constexpr int64_t ROW = 128, SWIZZLE_REPEATS = 1024;
-constexpr int MAX_BYTES = (1 << 20) - 1;  // that a phase can count
+constexpr int MAX_COUNT = (1 << 20) - 1;  // of a phase: bytes, and arrivals
 // As __init__.py packs a map: the address, five sizes, four strides, five sizes of the box, and this.
 constexpr int SIZES = 1, STRIDES = 6, BOX = 10, MARK = 15;
 constexpr unsigned long long IS_MAP = 0x70616d5f64746d65;
@@ -32,11 +32,12 @@ struct Mbarrier {
     const void* address;  // null: free
     unsigned phase;
     uint32_t ended;  // phases of all mbarriers that were here
-    bool has_arrived;
+    int arrivals, arrived;  // of a phase, and those that have been
     int64_t announced, asked;  // bytes
     std::vector<BulkCopy> copies;
     std::vector<int> waiting;
-    Place place;  // of its arrival
+    Place place;  // of the last arrival
+    Clock seen, seen_by_phases;  // by those that have arrived, and by those of the phases that have ended
 };
 Mbarrier mbarriers[MAX_MBARRIERS];
 
@@ -63,7 +64,9 @@ Mbarrier& mbarrier_at(const void* address, const char* name, Access access, Plac
     return *mbarrier;
 }
 
-bool is_complete(const Mbarrier& mbarrier) { return mbarrier.has_arrived && mbarrier.asked == mbarrier.announced; }
+bool have_arrived(const Mbarrier& mbarrier) { return mbarrier.arrived == mbarrier.arrivals; }
+
+bool is_complete(const Mbarrier& mbarrier) { return have_arrived(mbarrier) && mbarrier.asked == mbarrier.announced; }
 
 void land(const BulkCopy& copy) {
     std::memset(copy.to, 0, std::size_t(copy.bytes));
@@ -84,13 +87,14 @@ void end_phase(Mbarrier& mbarrier) {
             end_bulk(copy.to, copy.bytes, int(&mbarrier - mbarriers), mbarrier.ended, copy.place.address);
     }
     mbarrier.copies.clear();
-    mbarrier.has_arrived = false;
+    mbarrier.seen_by_phases = mbarrier.seen;
+    mbarrier.arrived = 0;
     mbarrier.announced = mbarrier.asked = 0;
 }
 
 // After an arrival or a copy.
 void count(Mbarrier& mbarrier, Place place) {
-    if (mbarrier.has_arrived && mbarrier.asked > mbarrier.announced)
+    if (have_arrived(mbarrier) && mbarrier.asked > mbarrier.announced)
         fail(format("bulk copies of %lld bytes, of which %lld are announced: ", (long long)mbarrier.asked,
                     (long long)mbarrier.announced) + describe(mbarrier),
              place);
@@ -139,17 +143,20 @@ std::string mbarriers_waited_for() {
     for (const Mbarrier& mbarrier : mbarriers) {
         if (mbarrier.waiting.empty()) continue;
         text += "mbarrier_wait that nothing ends: " + describe(mbarrier);
-        text += mbarrier.has_arrived ? format(", has %lld of the %lld bytes announced at ", (long long)mbarrier.asked,
-                                              (long long)mbarrier.announced) + to_string(mbarrier.place)
-                                     : ", has no arrival";
+        text += have_arrived(mbarrier)
+                        ? format(", has %lld of the %lld bytes announced at ", (long long)mbarrier.asked,
+                                 (long long)mbarrier.announced) + to_string(mbarrier.place)
+                        : format(", has %d of %d arrivals", mbarrier.arrived, mbarrier.arrivals);
         text += "; ";
     }
     return text;
 }
 
-void init_mbarrier(const void* address, Site site) {
+void init_mbarrier(const void* address, int arrivals, Site site) {
     Place place = {site, __builtin_return_address(0)};
     check_place(address, "mbarrier_init", place);
+    if (arrivals < 1 || arrivals > MAX_COUNT)
+        fail(format("mbarrier_init for %d arrivals: expected 1 to %d", arrivals, MAX_COUNT), place);
     if (Mbarrier* other = find(address)) fail("mbarrier_init of one that is initialised: " + describe(*other), place);
     Mbarrier* free = find(nullptr);
     if (!free) fail(format("mbarrier_init of more than %d", MAX_MBARRIERS), place);
@@ -157,6 +164,8 @@ void init_mbarrier(const void* address, Site site) {
     std::memset(const_cast<void*>(address), POISON, 8);
     free->address = address;
     free->phase = 0;
+    free->arrivals = arrivals;
+    free->seen.clear();
 }
 
 void invalidate_mbarrier(const void* address, Site site) {
@@ -167,18 +176,20 @@ void invalidate_mbarrier(const void* address, Site site) {
         fail(format("mbarrier_invalidate while %s: ", use) + describe(mbarrier), place);
     if (launch->is_checked) end_mbarrier(address, place.address);
     mbarrier.address = nullptr;
-    mbarrier.has_arrived = false;
+    mbarrier.arrived = 0;
 }
 
 void arrive_at_mbarrier(const void* address, int bytes, Site site) {
     Place place = {site, __builtin_return_address(0)};
     Mbarrier& mbarrier = mbarrier_at(address, "mbarrier_arrive", Access::phase, place);
-    if (mbarrier.has_arrived) fail("a second arrival in a phase: " + describe(mbarrier), place);
-    if (bytes < 0 || bytes > MAX_BYTES)
-        fail(format("mbarrier_arrive of %d bytes: expected 0 to %d", bytes, MAX_BYTES), place);
-    mbarrier.has_arrived = true;
-    mbarrier.announced = bytes;
+    if (have_arrived(mbarrier))
+        fail(format("more arrivals in a phase than %d: ", mbarrier.arrivals) + describe(mbarrier), place);
+    if (bytes < 0 || bytes > MAX_COUNT)
+        fail(format("mbarrier_arrive of %d bytes: expected 0 to %d", bytes, MAX_COUNT), place);
+    ++mbarrier.arrived;
+    mbarrier.announced += bytes;
     mbarrier.place = place;
+    if (launch->is_checked) tell(mbarrier.seen);
     count(mbarrier, place);
 }
 
@@ -198,7 +209,7 @@ void wait_for_mbarrier(const void* address, unsigned parity, Site site) {
             wait(self, State::waiting);
         }
     }
-    if (launch->is_checked) see_phase(int(&mbarrier - mbarriers), mbarrier.ended);
+    if (launch->is_checked) see_phase(int(&mbarrier - mbarriers), mbarrier.ended, mbarrier.seen_by_phases);
 }
 
 void copy_bulk(void* to, const void* from, int bytes, const void* mbarrier, Site site) {

@@ -116,7 +116,7 @@ struct Barrier {
 
 Thread scheduler;
 Warp warps[MAX_WARPS];
-Barrier block_barrier;
+Barrier block_barrier, first_barrier;
 unsigned char *stacks, *shared_arena;
 int n_ended;
 bool has_failed;
@@ -263,7 +263,7 @@ void start_thread(int number) {
 void run_block() {
     std::memset(shared_memory, POISON, std::size_t(launch->shared_bytes));
     n_ended = 0;
-    block_barrier = {};
+    block_barrier = first_barrier = {};
     start_warpgroups();
     start_mbarriers();
     for (int i = 0; i < n_threads; ++i) start_thread(i);
@@ -438,12 +438,11 @@ void collective(Operation operation, const char* name, void* argument, Site site
     if (launch->is_shuffled && random_bits() % 8 == 0) shuffle_warps(self);
 }
 
-int barrier(bool vote, const char* name, Site site) {
+static int pass(Barrier& barrier, int threads, bool vote, const char* name, Place place) {
     Fiber& self = running();
-    Barrier& barrier = block_barrier;
     self.waits_in = name;
-    self.place = {site, __builtin_return_address(0)};
-    if (barrier.arrived && (barrier.name != name || barrier.place.site.line != site.line))
+    self.place = place;
+    if (barrier.arrived && (barrier.name != name || barrier.place.site.line != place.site.line))
         fail(format("the threads of a block reach different barriers: %s at ", barrier.name) +
                  to_string(barrier.place) + " and " + name,
              self.place);
@@ -451,7 +450,7 @@ int barrier(bool vote, const char* name, Site site) {
     barrier.place = self.place;
     barrier.votes += vote;
     barrier.waiting[self.warp] |= 1u << self.lane;
-    if (++barrier.arrived < n_threads) {
+    if (++barrier.arrived < threads) {
         wait(self, State::waiting);
         return barrier.result;
     }
@@ -463,6 +462,16 @@ int barrier(bool vote, const char* name, Site site) {
     barrier.result = result;
     shuffle_warps(self);
     return result;
+}
+
+int barrier(bool vote, const char* name, Site site) {
+    return pass(block_barrier, n_threads, vote, name, {site, __builtin_return_address(0)});
+}
+
+void barrier_of_first(int threads, const char* name, Site site) {
+    Place place = {site, __builtin_return_address(0)};
+    if (running().number >= threads) fail(format("%s of %d threads by another one", name, threads), place);
+    pass(first_barrier, threads, false, name, place);
 }
 
 void copy_async(void* to, const void* from, int bytes, bool is_valid, Site site) {

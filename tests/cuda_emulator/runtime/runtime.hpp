@@ -61,6 +61,9 @@ struct StepUnderWay : Step {
     std::size_t bytes() const { return std::size_t(columns) / 2 * sizeof(float); }  // of a thread's sums
 };
 
+// Of each thread, and of each mbarrier, how much has been seen; empty: nothing.
+using Clock = std::vector<uint32_t>;
+
 enum class State { running, waiting, ended };
 
 struct Fiber : Thread {
@@ -131,9 +134,12 @@ inline bool is_read(Access access) {
 void check_access(const void* address, int64_t bytes, Access access, const void* from);
 void begin_mbarrier(const void* address, const void* from);
 void end_mbarrier(const void* address, const void* from);
-// A copy has landed, with this phase of its mbarrier; the running thread has seen the phase.
+// A copy has landed, with this phase of its mbarrier.
 void end_bulk(const void* to, int64_t bytes, int mbarrier, uint32_t phase, const void* from);
-void see_phase(int mbarrier, uint32_t phase);
+// Adds what the running thread has seen, and done, up to now.
+void tell(Clock& seen);
+// The running thread has seen the phase, and what those had seen that arrived.
+void see_phase(int mbarrier, uint32_t phase, const Clock& seen);
 
 // chains.cpp: what kernels that may run together do to the tensors.
 void begin_kernel();

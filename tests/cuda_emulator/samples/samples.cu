@@ -311,7 +311,7 @@ __global__ void copies_box(const __grid_constant__ Box box) {
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned long long* arrival = reinterpret_cast<unsigned long long*>(smem);
   if (threadIdx.x == 0) {
-    mbarrier_init(arrival);
+    mbarrier_init(arrival, 1);
     wgmma_proxy_fence();
     mbarrier_arrive(arrival, box.n);
     bulk_copy_rows(smem + box.at, box.map, box.i_group, box.i_head, arrival);
@@ -326,7 +326,7 @@ __global__ void copies_box(const __grid_constant__ Box box) {
 __global__ void copies_bulk(const char* x, char* out, int from, int to, int bytes, int mbarrier) {
   extern __shared__ __align__(1024) unsigned char smem[];
   unsigned long long* arrival = reinterpret_cast<unsigned long long*>(smem + mbarrier);
-  mbarrier_init(arrival);
+  mbarrier_init(arrival, 1);
   wgmma_proxy_fence();
   mbarrier_arrive(arrival, bytes);
   bulk_copy(smem + to, x + from, bytes, arrival);
@@ -389,8 +389,8 @@ __global__ void ring(const __grid_constant__ Ring ring) {
   if (!has(NO_FENCE_AFTER_WRITES)) wgmma_proxy_fence();
   if (!has(NO_BARRIER_AFTER_WRITES)) __syncthreads();
   if (thread == 0) {
-    for (int stage = 0; stage < 2 && !has(NO_INIT); stage++) mbarrier_init(arrivals + stage);
-    if (has(TWO_INITS)) mbarrier_init(arrivals + 1);
+    for (int stage = 0; stage < 2 && !has(NO_INIT); stage++) mbarrier_init(arrivals + stage, 1);
+    if (has(TWO_INITS)) mbarrier_init(arrivals + 1, 1);
     if (!has(NO_FENCE_AFTER_INIT)) wgmma_proxy_fence();
   }
   ask(0);
@@ -437,4 +437,55 @@ __global__ void ring(const __grid_constant__ Ring ring) {
   if (has(WAIT_AFTER_END) && thread == 0) mbarrier_wait(arrivals, 0);
   for (int n = 0; n < 8; n++)
     for (int e = 0; e < 4; e++) ring.products[(first + e / 2 * 8) * 64 + 8 * n + lane % 4 * 2 + e % 2] = products[n][e];
+}
+
+enum HandoverFault {
+  WELL, NOT_WAITED_FOR_FREE, GIVEN_BACK_EARLY, GIVEN_BACK_BY_ONE_LANE, GIVEN_BACK_BY_ONE_WARP, GIVEN_BACK_TWICE,
+  SYNC_OF_TOO_MANY, NO_SYNC, NO_ARRIVALS
+};
+
+// out (n, 64): numbers (n, 64), each row backwards. One warp has them brought to two stages, two warps use them; last (64)
+// is the last row of out, handed among these two.
+__global__ void hands_over(const float* numbers, float* out, float* last, int n, int fault) {
+  extern __shared__ __align__(1024) unsigned char smem[];
+  float* stages = reinterpret_cast<float*>(smem);
+  float* handed = stages + 128;
+  unsigned long long *full = reinterpret_cast<unsigned long long*>(handed + 64), *free = full + 2;
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int stage = 0; stage < 2; stage++) {
+      mbarrier_init(full + stage, 1);
+      mbarrier_init(free + stage, fault == NO_ARRIVALS ? 0 : 2);
+    }
+    wgmma_proxy_fence();
+  }
+  __syncthreads();
+  if (thread >= 64) {
+    give_registers_back<24>();
+    for (int i = 0; i < n && thread == 64; i++) {
+      if (fault != NOT_WAITED_FOR_FREE) mbarrier_wait(free + i % 2, i / 2 % 2 ^ 1);
+      mbarrier_arrive(full + i % 2, 256);
+      bulk_copy(stages + i % 2 * 64, numbers + i * 64, 256, full + i % 2);
+    }
+    if (fault == SYNC_OF_TOO_MANY) sync_first<64>();
+    return;
+  }
+  take_registers<40>();
+  float number = 0;
+  for (int i = 0; i < n; i++) {
+    auto give_back = [&]() {
+      if (fault != GIVEN_BACK_BY_ONE_LANE) syncwarp();
+      if (thread % 32 == 0 && (fault != GIVEN_BACK_BY_ONE_WARP || thread == 0)) mbarrier_arrive(free + i % 2);
+      if (thread % 32 == 0 && fault == GIVEN_BACK_TWICE) mbarrier_arrive(free + i % 2);
+    };
+    mbarrier_wait(full + i % 2, i / 2 % 2);
+    if (fault == GIVEN_BACK_EARLY) give_back();
+    number = stages[i % 2 * 64 + 63 - thread];
+    wgmma_proxy_fence();
+    out[i * 64 + thread] = number;
+    if (fault != GIVEN_BACK_EARLY) give_back();
+  }
+  handed[thread] = number;
+  if (fault != NO_SYNC) sync_first<64>();
+  last[63 - thread] = handed[63 - thread];
 }
