@@ -152,8 +152,9 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
     nearest = _nearest(capability)
     room = SHARED_MEMORY[nearest]
     candidates = (_HALF if dtype.itemsize == 2 else _FLOAT)[head]
-    if dtype.itemsize == 2 and (nearest, head) in _HALF_OF_ONE:
-        candidates = [_HALF_OF_ONE[nearest, head]]
+    of_one = _HALF_OF_ONE if dtype.itemsize == 2 else _FLOAT_OF_ONE
+    if (nearest, head) in of_one:
+        candidates = [of_one[nearest, head]]
     if dtype is torch.bfloat16 and (nearest, head) in _BFLOAT16_OUTPUT:
         candidates = [replace(config, output=_BFLOAT16_OUTPUT[nearest, head]) for config in candidates]
     for config in candidates:
@@ -191,7 +192,8 @@ def shared_memory(config: Config, kernel: str, dtype: torch.dtype) -> int:
     if kernel == "refine":
         ring = launch.stages * block
         listed = launch.warps * 8 * ROW_ENTRIES[config.head] * 6 if config.entries else 0
-        return SCRATCH + (max(tile, ring) if launch.wgmma else tile + ring) + listed
+        leaves = launch.wgmma or (dtype.itemsize == 2 and config.head == 128)
+        return SCRATCH + (max(tile, ring) if leaves else tile + ring) + listed
     if kernel == "output":
         return SCRATCH + tile // config.parts(kernel) + launch.stages * (block + config.block_n * row_v) + staging
     if kernel == "dq":
@@ -261,11 +263,11 @@ def _config(
 # The first that fits is taken.
 _HALF = {
     64: [
-        _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (4, 16, 2, 3), (4, 32, 2, 2), refine=(8, 64, 2, 1)),
+        _config((64, 64, 128, 64), (4, 64, 3, 4), (4, 16, 2, 3), (4, 16, 2, 3), (4, 16, 3, 3), refine=(8, 64, 2, 2)),
         _config((64, 64, 64, 64), (4, 64, 2, 2), (4, 32, 2, 1), (4, 32, 1, 1), (4, 32, 2, 1)),
     ],
     128: [
-        _config((128, 128, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 16, 2, 1), (4, 16, 2, 1), refine=(8, 64, 3, 1)),
+        _config((128, 128, 128, 64), (4, 64, 3, 3), (8, 16, 2, 1), (8, 16, 2, 1), (4, 16, 2, 1), refine=(8, 64, 3, 2)),
         _config((128, 128, 64, 64), (4, 64, 2, 2), (4, 16, 2, 1), (4, 16, 1, 1), (4, 16, 2, 1)),
         _config((128, 128, 64, 32), (4, 32, 2, 2), (4, 16, 1, 1), (4, 32, 1, 1), (2, 16, 1, 1)),
     ],
@@ -275,8 +277,8 @@ _HALF = {
     ],
 }
 # Where one architecture has instructions of its own, or its compiler would spill registers otherwise.
-_SMALL_64 = _config((64, 64, 128, 64), (4, 64, 3, 2), (4, 16, 2, 3), (8, 16, 2, 1), (4, 32, 2, 2), refine=(8, 16, 2, 2))
-_BLACKWELL_64 = _config((64, 64, 128, 64), (4, 64, 3, 2), (8, 16, 2, 1), (8, 16, 2, 1), (4, 32, 2, 2))
+_SMALL_64 = _config((64, 64, 128, 64), (4, 64, 3, 3), (4, 16, 2, 3), (8, 16, 2, 1), (4, 32, 2, 2), refine=(8, 16, 2, 2))
+_BLACKWELL_64 = _config((64, 64, 128, 64), (4, 64, 3, 3), (8, 16, 2, 1), (8, 16, 2, 1), (4, 32, 2, 2))
 _HALF_OF_ONE = {
     ((8, 6), 64): _SMALL_64,
     ((8, 9), 64): _SMALL_64,
@@ -327,4 +329,7 @@ _FLOAT = {
         _config((256, 128, 32, 16), (2, 16, 1, 1), (2, 16, 1, 1), (2, 16, 1, 1), (1, 8, 2, 1)),
         _config((256, 128, 16, 16), (1, 16, 1, 1), (1, 16, 1, 1), (1, 16, 1, 1), (1, 8, 1, 1)),
     ],
+}
+_FLOAT_OF_ONE = {
+    ((9, 0), 256): _config((256, 128, 32, 32), (2, 32, 1, 1), (2, 16, 1, 1), (2, 16, 2, 1), (2, 8, 2, 1)),
 }

@@ -241,10 +241,12 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   static_assert((!WGMMA || KEYS == BLOCK_N) && (!ENTRIES || (IS_HALF<T> && M == 1)));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
-  // With wgmma, queries are always in registers, and leave their place to the keys.
-  constexpr int BEFORE_KEYS = WGMMA ? 0 : BLOCK_M * D;
+  // Whether queries are in registers throughout, and leave their place to the keys: more programs share a multiprocessor
+  // then.
+  constexpr bool LEAVE = WGMMA || (IS_HALF<T> && D == 128);
+  constexpr int BEFORE_KEYS = LEAVE ? 0 : BLOCK_M * D;
   T* k_tiles = q_tile + BEFORE_KEYS;
-  float* scratch = reinterpret_cast<float*>(k_tiles + (WGMMA && RING < BLOCK_M * D ? BLOCK_M * D : RING));
+  float* scratch = reinterpret_cast<float*>(k_tiles + (LEAVE && RING < BLOCK_M * D ? BLOCK_M * D : RING));
 
   int* kept = reinterpret_cast<int*>(scratch);
   const QueryTile tile = query_tile<BLOCK_M>(params, keep_turn(tile_turn<1>(params), kept));
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   const Arrivals<BULK> arrivals(scratch);
   const int n_whole = tile.everyone / BLOCK_N;
 
-  LeftRows<T, D, M, CAN_KEEP<T, D>> queries;
+  LeftRows<T, D, M, LEAVE || CAN_KEEP<T, D>> queries;
   auto load_queries = [&](const QueryTile& tile) {
     const HeadRows<T> q = rows_of_q<T>(params, tile.i_b, tile.i_h);
     load_tile<T, D, BLOCK_M, THREADS>(q_tile, q, tile.first, 0, params.seqlen_q);
@@ -265,7 +267,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     __syncthreads();
     apply_sign<T, D, BLOCK_M, THREADS>(q_tile, params.sign);
     queries = {q_tile, warp_of() * 16 * M};
-    if constexpr (WGMMA) __syncthreads();
+    if constexpr (LEAVE) __syncthreads();
   };
   load_queries(tile);
   wait_for_kernel_before();
@@ -400,7 +402,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       store_results(end);
       return;
     }
-    if (WGMMA && !has_all) load_queries(tile);  // again, too
+    if (LEAVE && !has_all) load_queries(tile);  // again, too
   }
 
   const int words_per_tile = (params.n_blocks + WORD - 1) / WORD;

@@ -159,10 +159,13 @@ template <class T, int D, int ALPHA, bool HISTOGRAM, int BLOCK_M, int BLOCK_N, i
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(const __grid_constant__ Params params) {
   constexpr int THREADS = 32 * WARPS;
   constexpr int M = BLOCK_M / (16 * WARPS);
-  constexpr int N = KEYS / 8;
   constexpr int R = 2 * M;
   constexpr bool IN_REGISTERS = IS_HALF<T> && D <= 128 && D * KEYS <= 8192;
   constexpr int BLOCKS = KEYS / BLOCK_N;
+  // Without wgmma, one half of the keys after the other: that leaves registers for more programs.
+  constexpr int PARTS = !WGMMA && IS_HALF<T> && BLOCKS == 1 ? 2 : 1;
+  constexpr int PART = KEYS / PARTS;
+  constexpr int N = PART / 8;
   constexpr int RING = STAGES * KEYS * D;
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
@@ -226,8 +229,9 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
 #pragma unroll
     for (int row = 0; row < R; row++) largest[block][row] = -infinity();
   bool is_positive = false;  // the bound of each row of the warp: scores below 0 do not count then
-  auto take_maxima = [&](float(&s)[M][N][4], int i) {
-    if (i < n_masked) mask_scores<M, N>(s, tile.first, step_of(i) * KEYS, tile.lengths, params.is_causal);
+  // Of a step's scores from its key `first` on.
+  auto take_maxima = [&](float(&largest)[BLOCKS][R], float(&s)[M][N][4], int i, int first) {
+    if (i < n_masked) mask_scores<M, N>(s, tile.first, step_of(i) * KEYS + first, tile.lengths, params.is_causal);
     if (is_positive) {
       maxima<true>(largest, s);
     } else {
@@ -273,8 +277,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   auto load = [&](int first, int stage) { arrivals.load(stage, {first}, keys_loader); };
   auto ahead = ahead_of(arrivals, place, load);
   auto take_keys = [&](int i, int stage) {
-    float s[M][N][4];
     if constexpr (WGMMA) {
+      float s[M][N][4];
       const Operand<T, D> keys = Operand<T, D>(k_tiles).from(stage * KEYS);
       if constexpr (IN_REGISTERS) {
         begin_scores(s, queries.fragments, keys);
@@ -285,10 +289,20 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
       ahead.ask();
       use_maxima(i - 1);
       finish<0>(s);
-      take_maxima(s, i);
+      take_maxima(largest, s, i, 0);
     } else {
-      queries.multiply(s, k_tiles + stage * KEYS * D);
-      take_maxima(s, i);
+      float of_parts[PARTS][BLOCKS][R];
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        float s[M][N][4];
+        queries.multiply(s, k_tiles + (stage * KEYS + part * PART) * D);
+        take_maxima(of_parts[part], s, i, part * PART);
+      }
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++)
+#pragma unroll
+        for (int row = 0; row < R; row++)
+          largest[block][row] = fmaxf(of_parts[0][block][row], of_parts[PARTS - 1][block][row]);
       use_maxima(i);
     }
   };
