@@ -938,13 +938,16 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
 
 // ---- the same with warps of their own for the loads
 
-// Registers that a thread of these needs, and that leaves to one of the WARPS others: programs are launched with as many
-// for each.
+// Registers that a thread of these keeps, and what is left for each thread of the WARPS others: all are launched with the
+// same number, a multiple of eight.
 constexpr int FEW_REGISTERS = 24;
 
 template <int WARPS, int PRODUCERS, int PROGRAMS>
+constexpr int LAUNCHED_REGISTERS = 65536 / (32 * (WARPS + PRODUCERS) * PROGRAMS) / 8 * 8;
+
+template <int WARPS, int PRODUCERS, int PROGRAMS>
 constexpr int MOST_REGISTERS =
-    (65536 / (32 * (WARPS + PRODUCERS) * PROGRAMS) / 8 * 8 * (WARPS + PRODUCERS) - FEW_REGISTERS * PRODUCERS) / WARPS / 8 * 8;
+    (LAUNCHED_REGISTERS<WARPS, PRODUCERS, PROGRAMS> * (WARPS + PRODUCERS) - FEW_REGISTERS * PRODUCERS) / WARPS / 8 * 8;
 
 // STAGES that one warp fills by the bulk copy engine, and WARPS others use, each warpgroup at its own pace: two mbarriers
 // for each stage, of which one tells that it is full and the other one that it is free, take the place of barriers.

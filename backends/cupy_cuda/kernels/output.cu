@@ -103,10 +103,11 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
       give_registers_back<FEW_REGISTERS>();
       wait_for_kernel_before();
       const int counted = params.counts[tile.index];
+      const HeadRows<T> k = rows_of_k<T>(params, tile.i_b, tile.i_kv), v = rows_of_v<T>(params, tile.i_b, tile.i_kv);
       if (warp_of() == WARPS && counted >= 0)
         ring.fill(counted & ~BAD_TILE, [&](int i) { return load_kept(list, i) * BLOCK_N; },
-                  TileLoader<T, D, BLOCK_N, 32>(k_tiles, rows_of_k<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k),
-                  TileLoader<T, DV, BLOCK_N, 32>(v_tiles, rows_of_v<T>(params, tile.i_b, tile.i_kv), 0, tile.lengths.k));
+                  TileLoader<T, D, BLOCK_N, 32>(k_tiles, k, 0, tile.lengths.k),
+                  TileLoader<T, DV, BLOCK_N, 32>(v_tiles, v, 0, tile.lengths.k));
       return;
     }
     take_registers<MOST_REGISTERS<WARPS, PRODUCERS, PROGRAMS>>();
