@@ -929,8 +929,9 @@ def test_who_copies_changes_no_bit(emulator: EmulatedLauncher) -> None:
         # Tiles that end in between; and lists that are full while loads are under way.
         Case(136, 200, batch=2, head_dim=64, head_dim_v=64, dtype=HALF, seqlens_q=(136, 99), seqlens_k=(200, 131)),
         Case(128, 900, head_dim=64, head_dim_v=64, dtype=HALF, kind="equal"),
+        Case(129, 70, head_dim=128, head_dim_v=128, dtype=HALF, seqlens_k=(0,)),
     ],
-    ids=["threads copy", "padded", "full lists"],
+    ids=["threads copy", "padded", "full lists", "no keys"],
 )
 def test_no_access_out_of_bounds_and_no_race(case: Case) -> None:
     launching = EmulatedLauncher(launcher.KERNELS, seed=2, is_checked=True)

@@ -313,6 +313,8 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
   wait_for_kernel_before();
   const int first_bad = first_bad_key(params, tile);
   int* bins = reinterpret_cast<int*>(smem);
+  // Where a tile sees no key, no loop has come between this and the reads of the queries.
+  if constexpr (HISTOGRAM) __syncthreads();
 #pragma unroll
   for (int i = 0; i < R; i++) {
     const int row = row_of<M>(i);
