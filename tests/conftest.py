@@ -110,6 +110,19 @@ def poisoned_allocations() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def context_survives(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A kernel that fails takes the CUDA context with it, later and for all tests: the one that ran it is named."""
+    yield
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        request.session.shouldstop = f"{request.node.nodeid} lost the CUDA context: {error}"
+        raise
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
