@@ -77,7 +77,9 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
   constexpr bool CORRECTED = !IS_BF16<T>;
   // Whether queries are a left operand in registers.
   constexpr bool KEPT = WGMMA ? !CORRECTED : CAN_KEEP<T, D>;
-  static_assert(PRODUCERS == 0 || (BULK && DV >= D));
+  // Whether a block's values are multiplied while the next block's scores are formed.
+  constexpr bool OVERLAPS = WGMMA && !(CORRECTED && PROGRAMS * WARPS > 8);
+  static_assert(PRODUCERS == 0 || (BULK && OVERLAPS && DV >= D && STAGES > 1 && WARPS % 4 == 0 && PRODUCERS % 4 == 0));
   extern __shared__ __align__(1024) unsigned char smem[];
   T* q_tile = reinterpret_cast<T*>(smem);
   T* k_tiles = q_tile + ROWS * D;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
         begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), of_stage);
       }
     };
-    if constexpr (WGMMA && CORRECTED && PROGRAMS * WARPS > 8) {
+    if constexpr (WGMMA && !OVERLAPS) {
       // The registers have no room for sums that are under way beside the scores.
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
