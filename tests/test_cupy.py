@@ -13,8 +13,10 @@ import re
 import shutil
 import struct
 import sys
+import time
 import types
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -480,6 +482,25 @@ def test_what_the_driver_makes_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> N
     assert driver.mapped == (4096, list(sizes), list(strides), list(box))
     assert launcher.CupyLauncher().tensor_map(4112, sizes, strides, box) is None
     launcher._tensor_map.cache_clear()
+
+
+def test_threads_that_ask_together_load_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(*_: Any) -> types.SimpleNamespace:
+        time.sleep(0.1)
+        loaded.append(types.SimpleNamespace(ptr=len(loaded)))
+        return loaded[-1]
+
+    driver = Driver(monkeypatch, [0] * 8)
+    monkeypatch.setattr(launcher, "_load", load)
+    record, one = np.zeros((), backend.PARAMS.dtype), launcher.CupyLauncher()
+    with ThreadPoolExecutor(4) as pool:
+        for kernel in ("first", "second"):
+            arguments = ("scan.cu", kernel, (3, 1, 1), (64, 1, 1), 4096, record, False)
+            for future in [pool.submit(one.launch, *arguments) for _ in range(4)]:
+                future.result()
+    assert [function for _, function, _ in driver.told] == [0] * 4 + [1] * 4
 
 
 def test_what_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import threading
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -85,6 +86,7 @@ class CupyLauncher:
     def __init__(self, overlaps: bool = True) -> None:
         self._overlaps = overlaps
         self._functions: dict[tuple[int, str], Any] = {}
+        self._loading = threading.Lock()
 
     def launch(
         self,
@@ -98,10 +100,9 @@ class CupyLauncher:
     ) -> None:
         stream = torch.cuda.current_stream()
         index = stream.device_index
-        key = index, kernel
-        function = self._functions.get(key)
+        function = self._functions.get((index, kernel))
         if function is None:
-            function = self._functions[key] = _load(source, kernel, shared_bytes)
+            function = self._loaded(index, source, kernel, shared_bytes)
         n_attributes = int(follows and self._overlaps and _can_follow(index))
         config = _LaunchConfig(grid, block, shared_bytes, stream.cuda_stream, _FOLLOWS, n_attributes)
         arguments = (ctypes.c_void_p * 1)(args.ctypes.data)
@@ -114,6 +115,14 @@ class CupyLauncher:
             import cupy
 
             raise cupy.cuda.driver.CUDADriverError(status)
+
+    def _loaded(self, index: int, source: str, kernel: str, shared_bytes: int) -> Any:
+        """Once, whichever threads ask at the same time: it takes seconds, and what is loaded in vain is unloaded."""
+        with self._loading:
+            key = index, kernel
+            if key not in self._functions:
+                self._functions[key] = _load(source, kernel, shared_bytes)
+            return self._functions[key]
 
     def tensor_map(
         self, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
