@@ -485,7 +485,7 @@ def test_what_the_driver_makes_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_threads_that_ask_together_load_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded = []
+    loaded: list[types.SimpleNamespace] = []
 
     def load(*_: Any) -> types.SimpleNamespace:
         time.sleep(0.1)
