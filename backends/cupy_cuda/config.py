@@ -152,10 +152,8 @@ def configure(dtype: torch.dtype, head: int, capability: tuple[int, int]) -> Con
     """
     nearest = _nearest(capability)
     room = SHARED_MEMORY[nearest]
-    candidates = (_HALF if dtype.itemsize == 2 else _FLOAT)[head]
-    of_one = _HALF_OF_ONE if dtype.itemsize == 2 else _FLOAT_OF_ONE
-    if (nearest, head) in of_one:
-        candidates = [of_one[nearest, head]]
+    of_all, of_one = (_HALF, _HALF_OF_ONE) if dtype.itemsize == 2 else (_FLOAT, _FLOAT_OF_ONE)
+    candidates = [of_one[nearest, head]] if (nearest, head) in of_one else of_all[head]
     if dtype is torch.bfloat16 and (nearest, head) in _BFLOAT16_OUTPUT:
         candidates = [replace(config, output=_BFLOAT16_OUTPUT[nearest, head]) for config in candidates]
     for config in candidates:

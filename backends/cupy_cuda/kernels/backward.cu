@@ -124,8 +124,8 @@ __global__ void __launch_bounds__(32 * WARPS, WGMMA && DALPHA ? 1 : PROGRAMS)
         if constexpr (WGMMA) {
           const Operand<T, D> keys = Operand<T, D>(k_tiles).from(row);
           Packed<T, N> packed, packed_w;
-          begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
-          begin_scores(ds, Operand<T, D>(dout_tile).from(warpgroup_row<WARPS>()), Operand<T, D>(v_tiles).from(row));
+          begin_scores<WARPS>(s, left_q, keys);
+          begin_scores<WARPS>(ds, left_dout, Operand<T, D>(v_tiles).from(row));
           ahead.ask();
           finish<1>(s);
           shift(s, i, first);
@@ -383,14 +383,14 @@ __device__ __forceinline__ void dkv_pass(const Params& params, const KeyBlock& b
         const Operand<T, D> q_part = Operand<T, D>(q_parts).from(stage * COLUMNS);
         const Operand<T, D> dout_part = Operand<T, D>(dout_parts).from(stage * COLUMNS);
         Packed<T, N> packed_p, packed_ds;
-        begin_scores(p, Operand<T, D>(k_tile), q_part);
+        begin_scores<WARPS>(p, keys, q_part);
         ahead.ask();
-        if constexpr (!LATE) begin_scores(ds, Operand<T, D>(v_tile), dout_part);
+        if constexpr (!LATE) begin_scores<WARPS>(ds, values, dout_part);
         finish<(LATE ? 0 : 1)>(p);
         shift(p, i, stage);
         weigh(p, w);
         pack(packed_p, p);
-        if constexpr (LATE) begin_scores(ds, Operand<T, D>(v_tile), dout_part);
+        if constexpr (LATE) begin_scores<WARPS>(ds, values, dout_part);
         begin_accumulate(dv, packed_p, dout_part);
         finish<1>(ds);
         differentiate(ds, w, stage);

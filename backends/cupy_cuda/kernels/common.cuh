@@ -879,6 +879,18 @@ struct Itself {
   __device__ __forceinline__ int operator()(int i) const { return i; }
 };
 
+// One turn of a loop after the other: its stage, and the parity of the stage's phase.
+template <int STAGES>
+struct Round {
+  int i = 0, stage = 0, parity = 0;
+
+  __device__ __forceinline__ void go_on() {
+    i++;
+    if (stage == STAGES - 1) parity ^= 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+  }
+};
+
 // ahead asks for what compute(i, stage) needs; as many loads are under way ahead of each compute as there are other
 // stages, but for LAG: so many computes later a stage may still be read. A compute may lower n, the same for all threads.
 // On return no load is under way and all threads have left the buffers. With WGMMA, products by wgmma see what was loaded;
@@ -900,14 +912,9 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
     ahead.stage = i;
     ahead.ask();
   }
-  int i = 0, stage = 0, round = 0;
-  auto go_on = [&]() {
-    i++;
-    if (stage == STAGES - 1) round ^= 1;
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
-  };
+  Round<STAGES> at;
 #pragma unroll 1
-  while (i < n) {
+  while (at.i < n) {
     if constexpr (STAGES == 1) {
       __syncthreads();
       ahead.ask();
@@ -917,18 +924,19 @@ __device__ __forceinline__ void pipeline(const int& n, Loads&& ahead, Compute&& 
       if constexpr (WGMMA) wgmma_proxy_fence();
     }
     __syncthreads();
-    if constexpr (BULK) mbarrier_wait(ahead.arrivals.of(stage), round);
+    if constexpr (BULK) mbarrier_wait(ahead.arrivals.of(at.stage), at.parity);
     if constexpr (STAGES > 1) {
       ahead.n = n;
-      ahead.i = i + AHEAD;
-      ahead.stage = stage <= LAG ? stage + AHEAD : stage - LAG - 1;
+      ahead.i = at.i + AHEAD;
+      ahead.stage = at.stage <= LAG ? at.stage + AHEAD : at.stage - LAG - 1;
       if constexpr (!WGMMA) ahead.ask();
     }
-    compute(i, stage);
-    go_on();
+    compute(at.i, at.stage);
+    at.go_on();
   }
   if constexpr (BULK) {
-    for (const int asked = min(i + AHEAD, all); i < asked; go_on()) mbarrier_wait(ahead.arrivals.of(stage), round);
+    for (const int asked = min(at.i + AHEAD, all); at.i < asked; at.go_on())
+      mbarrier_wait(ahead.arrivals.of(at.stage), at.parity);
   } else {
     cp_async_wait<0>();
   }
@@ -955,22 +963,10 @@ template <int STAGES, int WARPS>
 class Ring {
   unsigned long long *full, *free;
 
-  // use(i, stage, parity) for one load after the other; the parity is that of the stage's phase.
-  template <class Use>
-  __device__ __forceinline__ static void for_loads(int n, Use&& use) {
-    int stage = 0, round = 0;
-#pragma unroll 1
-    for (int i = 0; i < n; i++) {
-      use(i, stage, round);
-      if (stage == STAGES - 1) round ^= 1;
-      stage = stage == STAGES - 1 ? 0 : stage + 1;
-    }
-  }
-
  public:
   // In numbers 8 to 23 of `scratch`, which nothing else has.
   __device__ __forceinline__ explicit Ring(void* scratch)
-      : full(static_cast<unsigned long long*>(scratch) + 8 / 2), free(full + 4) {
+      : full(Arrivals<true>(scratch).of(0)), free(full + 4) {
     static_assert(STAGES <= 4);
   }
 
@@ -988,23 +984,25 @@ class Ring {
   template <class Place, class... Loaders>
   __device__ __forceinline__ void fill(int n, const Place& place, const Loaders&... loaders) const {
     int next = n > 0 ? place(0) : 0;
-    for_loads(n, [&](int i, int stage, int round) {
+#pragma unroll 1
+    for (Round<STAGES> at; at.i < n; at.go_on()) {
       const int first = next;
-      next = place(min(i + 1, n - 1));
+      next = place(min(at.i + 1, n - 1));
       // A lane that is late would take the phase after the one it waits for for another.
       syncwarp();
-      mbarrier_wait(free + stage, round ^ 1);
-      ask_for(full + stage, stage, {first}, lane_of() == 0, loaders...);
-    });
+      mbarrier_wait(free + at.stage, at.parity ^ 1);
+      ask_for(full + at.stage, at.stage, {first}, lane_of() == 0, loaders...);
+    }
   }
 
   // By the others: compute(i, stage), which gives its stage back, or that of the compute before.
   template <class Compute>
   __device__ __forceinline__ void use(int n, Compute&& compute) const {
-    for_loads(n, [&](int i, int stage, int round) {
-      mbarrier_wait(full + stage, round);
-      compute(i, stage);
-    });
+#pragma unroll 1
+    for (Round<STAGES> at; at.i < n; at.go_on()) {
+      mbarrier_wait(full + at.stage, at.parity);
+      compute(at.i, at.stage);
+    }
   }
 
   // The warp no longer reads it.

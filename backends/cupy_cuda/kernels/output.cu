@@ -190,21 +190,13 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
       if constexpr (CORRECTED) finish<0>(wv);
     };
     const Operand<T, D> keys(k_tiles);
-    auto begin_products = [&](float(&s)[M][N][4], int stage) {
-      const Operand<T, D> of_stage = keys.from(stage * BLOCK_N);
-      if constexpr (WGMMA && KEPT) {
-        begin_scores(s, left.fragments, of_stage);
-      } else if constexpr (WGMMA) {
-        begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), of_stage);
-      }
-    };
     if constexpr (WGMMA && !OVERLAPS) {
       // The registers have no room for sums that are under way beside the scores.
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
         Packed<T, N> p, w;
         ahead.ask();
-        begin_products(s, stage);
+        begin_scores<WARPS>(s, left, keys.from(stage * BLOCK_N));
         finish<0>(s);
         mask(s, i, 0);
         marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
@@ -219,22 +211,23 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
       int before = 0;
       auto take_block = [&](int i, int stage) {
         float s[M][N][4];
-        begin_products(s, stage);
+        begin_scores<WARPS>(s, left, keys.from(stage * BLOCK_N));
         begin_sums(p, w, before);
         if constexpr (PRODUCERS == 0) ahead.ask();
         finish<(CORRECTED ? 0 : 1)>(s);
-        const int done = before;
-        before = stage;
         mask(s, i, 0);
-        if constexpr (CORRECTED) {
+        auto finish_before = [&]() {
           finish_sums();
-          if (PRODUCERS > 0 && i > 0) ring.give_back(done);
+          if (PRODUCERS > 0 && i > 0) ring.give_back(before);
+          before = stage;
+        };
+        if constexpr (CORRECTED) {
+          finish_before();
           marks.add(i, pack_weights<T, ALPHA>(p, w, s, f, g, tau, c, r), write_live);
         } else {
           float unused[M][N][4];
           marks.add(i, weigh<ALPHA, false>(s, unused, f, g, tau, c, r), write_live);
-          finish_sums();
-          if (PRODUCERS > 0 && i > 0) ring.give_back(done);
+          finish_before();
           pack(p, s);
         }
       };

@@ -215,6 +215,17 @@ __device__ __forceinline__ void finish(float (&acc)[1][N][4]) {
   for (int n = 0; n < N; n += AT_ONCE<N>) wgmma_pin(tiles_of<AT_ONCE<N>>(acc, n));
 }
 
+// The same of a program's rows, those of this warpgroup: as they are kept.
+template <int WARPS, class T, int D, bool KEPT, int N>
+__device__ __forceinline__ void begin_scores(float (&acc)[1][N][4], const LeftRows<T, D, 1, KEPT>& a,
+                                             const Operand<T, D>& b) {
+  if constexpr (KEPT) {
+    begin_scores(acc, a.fragments, b);
+  } else {
+    begin_scores(acc, Operand<T, D>(a.tile).from(warpgroup_row<WARPS>()), b);
+  }
+}
+
 // Left operand from results: columns 16 step to 16 step + 15.
 template <class T, int M, int N>
 __device__ __forceinline__ void pack_fragments(unsigned (&a)[M][4], const float (&p)[M][N][4], int step) {

@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   // Of the i-th group, from the key `first` of its blocks on. Behind the last block all is -inf.
   auto form_scores = [&](float(&s)[M][SPAN][4], int i, int stage, int first) {
     if constexpr (WGMMA) {
-      begin_scores(s, queries.fragments, Operand<T, D>(k_tiles).from(stage * GROUP * BLOCK_N));
+      begin_scores<WARPS>(s, queries, Operand<T, D>(k_tiles).from(stage * GROUP * BLOCK_N));
       ahead.ask();
       finish<0>(s);
     } else {

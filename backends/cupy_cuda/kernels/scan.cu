@@ -280,11 +280,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_scan(con
     if constexpr (WGMMA) {
       float s[M][N][4];
       const Operand<T, D> keys = Operand<T, D>(k_tiles).from(stage * KEYS);
-      if constexpr (IN_REGISTERS) {
-        begin_scores(s, queries.fragments, keys);
-      } else {
-        begin_scores(s, Operand<T, D>(q_tile).from(warpgroup_row<WARPS>()), keys);
-      }
+      begin_scores<WARPS>(s, queries, keys);
       // The product goes on meanwhile.
       ahead.ask();
       use_maxima(i - 1);

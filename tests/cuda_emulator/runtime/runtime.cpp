@@ -438,7 +438,9 @@ void collective(Operation operation, const char* name, void* argument, Site site
     if (launch->is_shuffled && random_bits() % 8 == 0) shuffle_warps(self);
 }
 
-static int pass(Barrier& barrier, int threads, bool vote, const char* name, Place place) {
+namespace {
+
+int pass(Barrier& barrier, int threads, bool vote, const char* name, Place place) {
     Fiber& self = running();
     self.waits_in = name;
     self.place = place;
@@ -463,6 +465,8 @@ static int pass(Barrier& barrier, int threads, bool vote, const char* name, Plac
     shuffle_warps(self);
     return result;
 }
+
+}  // namespace
 
 int barrier(bool vote, const char* name, Site site) {
     return pass(block_barrier, n_threads, vote, name, {site, __builtin_return_address(0)});
