@@ -777,6 +777,11 @@ EMULATED = [
     ((9, 0), Case(200, 136, heads_kv=2, head_dim=128, head_dim_v=128, dtype=BF16, alpha=1.3, is_causal=True)),
     ((9, 0), Case(30, 70, head_dim=200, head_dim_v=256, dtype=BF16, is_causal=True)),
     ((9, 0), Case(70, 140, head_dim=7, head_dim_v=3, is_causal=True, kind="narrow")),
+    # Where the last step of tau is taken with the slope before it, tau is four times as far off as it may be.
+    (
+        (9, 0),
+        Case(128, 256, head_dim=64, head_dim_v=64, dtype=BF16, is_causal=True, kind="topics", gain=0.15, seed=523008),
+    ),
     # alpha - 1 of an alpha in float32 was off by as much as alpha is.
     ((9, 0), Case(102, 16, alpha=1.027, kind="narrow", shift=1e5)),
     ((9, 0), Case(40, 90, head_dim=100, head_dim_v=80, alpha=2.0)),

@@ -338,3 +338,10 @@ def test_few_weights_of_many_channels(target, dtype):
 def test_an_alpha_near_1_and_scores_far_from_zero(target):
     """alpha - 1 of an alpha in float32 was off by as much as alpha is: tau of -2700 by 0.005."""
     check(target, Case(102, 16, head_dim=16, alpha=1.027, kind="narrow", shift=1e5))
+
+
+@pytest.mark.parametrize(("seqlen_k", "gain", "seed"), [(256, 0.15, 523008), (400, 0.1, 67371), (300, 0.15, 42164)])
+def test_a_tau_that_is_nearly_found(target, seqlen_k, gain, seed):
+    """Its last step was taken with the slope before the step before, and tau was four times as far off as it may be."""
+    case = Case(128, seqlen_k, head_dim=64, head_dim_v=64, dtype=torch.bfloat16, is_causal=True, kind="topics")
+    check(target, replace(case, gain=gain, seed=seed))

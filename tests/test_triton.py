@@ -380,6 +380,9 @@ def test_out_without_its_correction(alpha: float, monkeypatch: pytest.MonkeyPatc
     for kind in ("iid", "narrow", "topics", "ties"):
         case = Case(70, 200, head_dim=64, kind=kind, is_causal=True, dtype=HALF, alpha=alpha)
         assert_attention(TritonBackend(), *case.build(device))
+    # With the slope before the last step of tau, tau was four times as far off as it may be.
+    case = Case(128, 256, head_dim=64, head_dim_v=64, kind="topics", is_causal=True, dtype=HALF, gain=0.15, seed=907850)
+    assert_attention(TritonBackend(), *case.build(device))
 
 
 @pytest.mark.skipif(not is_interpreted, reason="needs Triton's interpreter")

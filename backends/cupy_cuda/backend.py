@@ -66,7 +66,7 @@ _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
 _pointers = (
     *("q", "k", "v", "dout", "out", "entries", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
     *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
-    *("flags", "maxima", "slopes"),
+    *("flags", "maxima", "sums"),
 )
 _strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
 _integers = (
@@ -470,13 +470,13 @@ class CupyBackend:
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
         counts = call.empty(call.programs, dtype=torch.int32)
-        slopes = torch.empty_like(tau) if call.q.dtype == torch.bfloat16 else None
+        sums = call.empty(*tau.shape, 2, dtype=torch.float32) if call.q.dtype == torch.bfloat16 else None
         record = _record(
             PARAMS,
             arguments
             | {"out": out, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts, "flags": flags}
             | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "entries": entries}
-            | {"slopes": slopes},
+            | {"sums": sums},
         )
         follows = flags is not None
         self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record, follows)

@@ -359,8 +359,8 @@ class TritonBackend:
             **shared,
         )
         corrected = call.q.dtype in CORRECTED
-        slope = None if corrected else torch.empty_like(tau)
-        shared |= {"LIVE": live, "SAVE": live is not None, "CORRECTED": corrected, "SLOPE": slope}
+        sums = None if corrected else tau.new_empty(*tau.shape, 2)
+        shared |= {"LIVE": live, "SAVE": live is not None, "CORRECTED": corrected, "SUMS": sums}
         _launch(
             kernels.entmax_attn_fwd_refine,
             programs,

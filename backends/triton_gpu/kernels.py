@@ -118,6 +118,18 @@ def _newton_step(b_f, b_g, r, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def _slope_after_step(b_f_before, b_g_before, b_f, r, ALPHA: tl.constexpr):
+    """g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g.
+
+    Of a step below a thousandth of the mean u that would be rounding of f; and g is no farther off than the step.
+    """
+    b_step = _newton_step(b_f_before, b_g_before, r, ALPHA)
+    is_far = b_step * b_g_before > 1e-3 * b_f_before
+    b_g = 2 * (b_f_before - b_f) / (r * tl.where(is_far, b_step, 1.0)) - b_g_before
+    return tl.where(is_far, tl.minimum(tl.maximum(b_g, b_g_before / 2), b_g_before), b_g_before)
+
+
+@triton.jit
 def _exponent(ALPHA_HEADS, alpha_minus_1, i_h, PER_HEAD: tl.constexpr):
     """alpha - 1 of a head."""
     if PER_HEAD:
@@ -689,7 +701,7 @@ def entmax_attn_fwd_refine(
     Q,
     K,
     TAU,
-    SLOPE,
+    SUMS,
     LIVE,
     WORDS,
     LIST,
@@ -735,8 +747,8 @@ def entmax_attn_fwd_refine(
     """Refine over the listed blocks: Newton steps in TAU until the next one is expected to be below ``target``.
 
     What is left of tau's error the output pass finds and corrects. After the first step, the list keeps the blocks that
-    it had found above the bound of the scan. LIVE is cleared for the output pass, which is left SLOPE, the sum of w of
-    the last step, unless it is CORRECTED.
+    it had found above the bound of the scan. LIVE is cleared for the output pass, which is left SUMS, those of p and w
+    of the last step, unless it is CORRECTED.
     """
     i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
     i_m = n_tiles - 1 - i_turn
@@ -771,7 +783,8 @@ def entmax_attn_fwd_refine(
     tolerance = tl.exp2(tl.log2(target) * tl.maximum(0.5, exponent)) * tl.minimum(2 * exponent, 1.0)
     b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
     b_no_bits = tl.zeros([BLOCK_M, 4], tl.int32)
-    b_slope = tl.zeros([BLOCK_M], tl.float32)
+    b_norm = tl.zeros([BLOCK_M], tl.float32)
+    b_slope = b_norm
     steps = 0
     largest = 2 * tolerance
     while (steps < MAX_STEPS) & (largest > tolerance):
@@ -796,7 +809,9 @@ def entmax_attn_fwd_refine(
         steps += 1
     tl.store(TAU + o_rows, tl.where(is_bad, float("nan"), b_tau), mask=o_rows < seqlen_q)
     if not CORRECTED:
-        tl.store(SLOPE + i_bh.to(tl.int64) * seqlen_q + o_rows, b_slope, mask=o_rows < seqlen_q)
+        SUMS += 2 * i_bh.to(tl.int64) * seqlen_q
+        tl.store(SUMS + 2 * o_rows, b_norm, mask=o_rows < seqlen_q)
+        tl.store(SUMS + 2 * o_rows + 1, b_slope, mask=o_rows < seqlen_q)
     tl.store(COUNTS + 2 * i_tile, whole)
     tl.store(COUNTS + 2 * i_tile + 1, count)
 
@@ -866,7 +881,7 @@ def entmax_attn_fwd_output(
     V,
     OUT,
     TAU,
-    SLOPE,
+    SUMS,
     LIVE,
     WORDS,
     LIST,
@@ -918,7 +933,7 @@ def entmax_attn_fwd_output(
 
     If CORRECTED, the last step e of tau is applied to out itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
     Else out is divided by the sum of p, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and
-    the slope, sum w, is that of the step before, from SLOPE.
+    the slope, sum w, follows from the sums of the step before, from SUMS.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
@@ -970,7 +985,10 @@ def entmax_attn_fwd_output(
     if CORRECTED:
         b_slope = tl.sum(b_g, 1)
     else:
-        b_slope = tl.load(SLOPE + i_bh.to(tl.int64) * seqlen_q + o_rows, mask=o_rows < seqlen_q, other=0.0)
+        SUMS += 2 * i_bh.to(tl.int64) * seqlen_q
+        b_norm_before = tl.load(SUMS + 2 * o_rows, mask=o_rows < seqlen_q, other=0.0)
+        b_slope_before = tl.load(SUMS + 2 * o_rows + 1, mask=o_rows < seqlen_q, other=0.0)
+        b_slope = _slope_after_step(b_norm_before, b_slope_before, b_norm, r, ALPHA)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
     if CORRECTED:
         b_out = b_out - (r * b_step)[:, None] * b_wv

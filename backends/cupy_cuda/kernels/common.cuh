@@ -54,7 +54,7 @@ struct Params {
   signed char* block_map;
   int* flags;
   float* maxima;
-  float* slopes;
+  float2* sums;
   long long stride_qb, stride_qh, stride_qm;
   long long stride_kb, stride_kh, stride_kn;
   long long stride_vb, stride_vh, stride_vn;
@@ -115,6 +115,15 @@ __device__ __forceinline__ float newton_step(float f, float g, float r) {
     power = f > 0 ? exp2f((1 - 1 / r) * log2f(f)) : 0.0f;
   }
   return g > 0 ? (f - power) / g : 0.0f;
+}
+
+// g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g. Of a step
+// below a thousandth of the mean u that would be rounding of f; and g is no farther off than the step.
+template <int ALPHA>
+__device__ __forceinline__ float slope_after_step(float2 before, float f, float r) {
+  const float step = newton_step<ALPHA>(before.x, before.y, r);
+  if (!(step * before.y > 1e-3f * before.x)) return before.y;
+  return fminf(fmaxf(2 * (before.x - f) / (r * step) - before.y, before.y / 2), before.y);
 }
 
 // phi(y) = exp(y) - 1 - y, by its series where the difference cancels.

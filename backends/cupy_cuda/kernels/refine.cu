@@ -70,14 +70,14 @@ struct EntryPlaces {
   int n, begin, total;
 };
 
-// Raises tau to its end; g is sum w of the last step.
+// Raises tau to its end; f and g are sum p and sum w of the last step.
 template <int ALPHA, int WARPS, int ROOM>
-__device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& entries, float (&tau)[2],
+__device__ __forceinline__ EntryPlaces solve_by_entries(const RowEntries<ROOM>& entries, float (&tau)[2], float (&f)[2],
                                                         float (&g)[2], float c, float r, int* scratch) {
   const int longest = max(entries.count(0), entries.count(1));
   for (int step = 0; step < MAX_STEPS; step++) {
-    float f[2] = {}, largest = 0;
-    g[0] = g[1] = 0;
+    float largest = 0;
+    f[0] = f[1] = g[0] = g[1] = 0;
 #pragma unroll 4
     for (int i = lane_of() % 4; i < longest; i += 4)
 #pragma unroll
@@ -225,8 +225,8 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
   return all > 0;
 }
 
-// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 with
-// the slope, sum w, of the last step here. KEYS keys are multiplied at once.
+// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 from
+// the sums of the last step here. KEYS keys are multiplied at once.
 template <class T, int D, int ALPHA, bool ENTRIES, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
           int PROGRAMS, bool WGMMA, bool BULK>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(const __grid_constant__ Params params) {
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const int row = tile.first + row_of<M>(i);
       if (lane_of() % 4 != 0 || row >= params.seqlen_q) continue;
       params.tau[tile.row + row] = end[i];
-      if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = g[i];
+      if constexpr (IS_BF16<T>) params.sums[tile.row + row] = {f[i], g[i]};
     }
     if (threadIdx.x == 0) params.counts[tile.index] = has_bad ? count | BAD_TILE : count;
   };
@@ -382,7 +382,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
     if (n_steps > 0 && has_all) {
       float end[R] = {tau[0], tau[1]};
       const EntryPlaces places =
-          solve_by_entries<ALPHA, WARPS>(entries, end, g, c, r, reinterpret_cast<int*>(scratch));
+          solve_by_entries<ALPHA, WARPS>(entries, end, f, g, c, r, reinterpret_cast<int*>(scratch));
       const EntryList saved = entry_list<BLOCK_M>(params.entries, params, tile.row, tile.first);
       // Without a backward pass too, so that out has the same bits.
       if (places.total <= min(ENTRIES_PER_BLOCK<D, WGMMA> * count, saved.capacity)) {
