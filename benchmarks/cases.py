@@ -156,6 +156,17 @@ CASES: tuple[Case, ...] = (
     *(Case("topics", 8192, alpha=alpha, **_GPU) for alpha in (1.3, 2.0)),
     Case("topics", 8192, is_causal=False, **_GPU),
     Case("topics", 8192, **(_GPU | {"dtype": torch.float16})),
+    # As many queries in shorter sequences.
+    *(
+        Case(kind, seqlen, head_dim=head_dim, batch=16_384 // seqlen, **_GPU)
+        for kind, seqlen, head_dim in (
+            ("topics", 4096, 64),
+            ("topics", 4096, 128),
+            ("iid", 4096, 64),
+            ("topics", 2048, 64),
+            ("iid", 2048, 64),
+        )
+    ),
     Case("iid", 4096, op="entmax", device="cuda"),
 )
 

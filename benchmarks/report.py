@@ -216,6 +216,7 @@ def _describe(case: Row) -> str:
     words += [f"alpha {case['alpha']:g}"] * (case["alpha"] != 1.5)
     usual_heads, usual_dtype = (8, "f32") if case.get("device", "cpu") == "cpu" else (16, "bf16")
     words += [f"{case['heads']} heads"] * (case["heads"] != usual_heads)
+    words += [f"batch {case['batch']}"] * (case["batch"] != 1)
     words += [case["dtype"]] * (case["dtype"] != usual_dtype)
     return ", ".join(words)
 
@@ -335,7 +336,8 @@ def _memory_table(results: Results) -> str:
 
 
 def _is_plain_topics(case: Row) -> bool:
-    return bool(case["kind"] == "topics" and case["alpha"] == 1.5 and case["is_causal"] and case["dtype"] == "bf16")
+    plain = {"kind": "topics", "batch": 1, "alpha": 1.5, "is_causal": True, "dtype": "bf16"}
+    return all(case[setting] == value for setting, value in plain.items())
 
 
 def _goals_table(results: Results) -> str:

@@ -342,7 +342,7 @@ class CupyBackend:
     """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
 
     The stages are those of the Triton backend. Extra memory beyond the results: a byte and a list entry per tile of
-    queries and block of keys; in bfloat16 four bytes for each query and head; where tiles may be taken by their
+    queries and block of keys; in bfloat16 eight bytes for each query and head; where tiles may be taken by their
     entries, 256 bytes for each query and head, at most, that backward needs, and as much again during it; with few
     queries over many keys 32 KiB, at most, for each query and head. No call waits for the device once its kernels are
     compiled.

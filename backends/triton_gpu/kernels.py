@@ -121,10 +121,10 @@ def _newton_step(b_f, b_g, r, ALPHA: tl.constexpr):
 def _slope_after_step(b_f_before, b_g_before, b_f, r, ALPHA: tl.constexpr):
     """g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g.
 
-    Of a step below a thousandth of the mean u that would be rounding of f; and g is no farther off than the step.
+    Where it falls by less than two thousandths, its rounding would show; and g, which falls no faster, is as good.
     """
     b_step = _newton_step(b_f_before, b_g_before, r, ALPHA)
-    is_far = b_step * b_g_before > 1e-3 * b_f_before
+    is_far = r * b_step * b_g_before > 2e-3 * b_f_before
     b_g = 2 * (b_f_before - b_f) / (r * tl.where(is_far, b_step, 1.0)) - b_g_before
     return tl.where(is_far, tl.minimum(tl.maximum(b_g, b_g_before / 2), b_g_before), b_g_before)
 

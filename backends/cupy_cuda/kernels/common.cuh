@@ -117,12 +117,12 @@ __device__ __forceinline__ float newton_step(float f, float g, float r) {
   return g > 0 ? (f - power) / g : 0.0f;
 }
 
-// g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g. Of a step
-// below a thousandth of the mean u that would be rounding of f; and g is no farther off than the step.
+// g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g. Where it
+// falls by less than two thousandths, its rounding would show; and g, which falls no faster, is as good.
 template <int ALPHA>
 __device__ __forceinline__ float slope_after_step(float2 before, float f, float r) {
   const float step = newton_step<ALPHA>(before.x, before.y, r);
-  if (!(step * before.y > 1e-3f * before.x)) return before.y;
+  if (!(r * step * before.y > 2e-3f * before.x)) return before.y;
   return fminf(fmaxf(2 * (before.x - f) / (r * step) - before.y, before.y / 2), before.y);
 }
 
