@@ -47,9 +47,10 @@ CAPABILITIES = tuple(SHARED_MEMORY)
 SCRATCH = 128  # bytes that each kernel has for reductions
 LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
-# Of calls in which "auto" asks this backend first: queries and keys, and queries of all heads and sequences.
-LONG = 8192
+# Of calls in which "auto" asks this backend first: queries and keys; of all heads and sequences, queries and pairs.
+LONG = 4096
 MANY_ROWS = 131_072
+MANY_PAIRS = 2**30
 
 # Of calls with few queries over many keys (decode.cu).
 GROUPS = 16
@@ -121,10 +122,12 @@ def leads(request: AttentionRequest) -> bool:
 
     That is in docs/performance.md.
     """
+    rows = request.batch * request.heads_q * request.seqlen_q
     return (
         request.seqlen_q >= LONG
         and request.seqlen_k >= LONG
-        and request.batch * request.heads_q * request.seqlen_q >= MANY_ROWS
+        and rows >= MANY_ROWS
+        and rows * request.seqlen_k >= MANY_PAIRS
         and request.q.dtype.itemsize == 2
         and max(request.head_dim, request.head_dim_v) <= 128
         and torch.cuda.get_device_capability(request.device) == (9, 0)
