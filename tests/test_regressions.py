@@ -345,3 +345,21 @@ def test_a_tau_that_is_nearly_found(target, seqlen_k, gain, seed):
     """Its last step was taken with the slope before the step before, and tau was four times as far off as it may be."""
     case = Case(128, seqlen_k, head_dim=64, head_dim_v=64, dtype=torch.bfloat16, is_causal=True, kind="topics")
     check(target, replace(case, gain=gain, seed=seed))
+
+
+@pytest.mark.parametrize("alpha", [1.02, 1.062, 1.5, 1.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradients_of_weights_that_underflow(target, dtype, alpha):
+    """Where scores are so large that tau is off by 1, all weights of a row may be nearly 0: dalpha was NaN."""
+    rows = 600
+    generator = torch.Generator().manual_seed(0)
+    k, v, dout = (torch.randn(1, 1, n, 16, generator=generator).to(target.device, dtype) for n in (1, 1, rows))
+    alphas = torch.tensor([alpha], device=target.device)
+    request = AttentionRequest(torch.zeros_like(dout), k, v, 1.0, alpha_heads=alphas, save_for_backward=True)
+    served = target.serving(request)
+    out, tau, saved = served.forward(request)
+    # The score is 0, and so u is -tau: down to the smallest number.
+    u = torch.exp2(-torch.arange(rows, device=target.device) / 4).to(tau.dtype)
+    gradients = served.backward(request, out, -u[None, None], saved, dout)
+    for quantity, gradient in gradients._asdict().items():
+        assert gradient.isfinite().all(), quantity

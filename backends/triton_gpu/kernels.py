@@ -53,6 +53,7 @@ ALPHA_2 = tl.constexpr(2)
 
 LARGE = tl.constexpr(3e38)
 SMALL = tl.constexpr(1e-30)
+SMALLEST = tl.constexpr(1.2e-38)  # whose logarithm is taken, and whose reciprocal is finite
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # Not in the interpreter, and not in builds of torch for others' GPUs.
@@ -1092,7 +1093,7 @@ def _dp_sums(
         b_w_sum += _sum_by_thread(b_w)
         b_w_dp += _sum_by_thread(b_w * b_dp)
         if PER_HEAD:
-            b_y = tl.where(b_u > 0, tl.maximum(-LN_2 * _log2(b_u), 0.0), 0.0)
+            b_y = tl.where(b_u > 0, tl.maximum(-LN_2 * _log2(tl.maximum(b_u, SMALLEST)), 0.0), 0.0)
             b_a = b_p * _surprise(b_y)
             b_dp = tl.where(b_u > 0, b_dp, 0.0)
             b_phi_sum += _sum_by_thread(b_a)
@@ -1310,7 +1311,8 @@ def entmax_attn_bwd_dq(
     _store_tile(DQ + row * HEAD_DIM, first, seqlen_q, HEAD_DIM, b_dq, ROWS, HEAD_DIM, BLOCK_D)
     if PER_HEAD:
         b_dalpha = tl.sum(b_phi_sum, 1) * tl.sum(b_b_dp, 1) - (1 + tl.sum(b_y_sum, 1)) * tl.sum(b_a_dp, 1)
-        b_dalpha = b_dalpha / (b_total * exponent * exponent)
+        # A product with the total may be 0.
+        b_dalpha = b_dalpha / b_total / (exponent * exponent)
         tl.store(DALPHA + row + o_rows, b_dalpha + b_nan, mask=o_rows < seqlen_q)
 
 
@@ -1723,7 +1725,7 @@ def entmax_rows_bwd(
         tl.store(DX + o_n, b_dx.to(DX.dtype.element_ty), mask=o_n < n)
     if PER_ROW:
         gradient = tl.sum(b_phi_sum, 0) * tl.sum(b_b_dp, 0) - (1 + tl.sum(b_y_sum, 0)) * tl.sum(b_a_dp, 0)
-        tl.store(DALPHA + i_row, gradient / (w_sum * exponent * exponent))
+        tl.store(DALPHA + i_row, gradient / w_sum / (exponent * exponent))
 
 
 @triton.jit

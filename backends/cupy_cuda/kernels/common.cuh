@@ -16,6 +16,7 @@ constexpr int ALPHA_2 = 2;
 
 constexpr float LARGE = 3e38f;
 constexpr float SMALL = 1e-30f;
+constexpr float SMALLEST = 1.2e-38f;  // whose logarithm is taken, and whose reciprocal is finite
 constexpr float LN_2 = 0.69314718f;
 
 constexpr int KEYS_PER_CHECK = 128;
@@ -140,7 +141,7 @@ struct AlphaSums {
 
   // A key with u > 0.
   __device__ __forceinline__ void add_u(float u, float p, float dp) {
-    add(fmaxf(-LN_2 * log2_approx(u), 0.0f), p, dp);
+    add(fmaxf(-LN_2 * log2_approx(fmaxf(u, SMALLEST)), 0.0f), p, dp);
   }
 
   // y = -log u.
@@ -152,10 +153,11 @@ struct AlphaSums {
     a_dp += a * dp;
   }
 
-  // Each by `sum` over the threads that share the row; w_sum is that of w, or 1.
+  // Each by `sum` over the threads that share the row; w_sum is that of w, or 1. It may be so small that a product with it
+  // is 0.
   template <class Sum>
   __device__ __forceinline__ float gradient(float exponent, float w_sum, Sum&& sum) const {
-    return (sum(phi) * sum(b_dp) - sum(b) * sum(a_dp)) / (w_sum * exponent * exponent);
+    return (sum(phi) * sum(b_dp) - sum(b) * sum(a_dp)) / w_sum / (exponent * exponent);
   }
 };
 
