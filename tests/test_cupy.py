@@ -191,6 +191,8 @@ def test_where_it_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_first(4096, 4096, batch=16)
     assert not is_first(4095, 20_000, batch=16)
     assert not is_first(20_000, 4095)
+    assert not is_first(131_073, 20_000)
+    assert not is_first(20_000, 131_073)
     assert not is_first(8192, 20_000, heads=3)
     assert not is_first(4096, 4096, batch=15)
     assert not is_first(1, 65_536)
@@ -383,6 +385,20 @@ def test_launches_of_a_call() -> None:
     assert dq.args["dout"] == dout.data_ptr()
     assert result.saved[0].shape == (2, 6, tiles, blocks)
     assert dq_entries.args["transposed"] == dkv_entries.args["transposed"] != 0
+
+
+@pytest.mark.parametrize(("seqlen_k", "has_entries"), [(131_072, True), (131_073, False)])
+def test_longer_sequences_have_no_entries(seqlen_k: int, has_entries: bool) -> None:
+    """Nor room for them, which is not small."""
+    recorder = Recorder()
+    request, dout = Case(20, seqlen_k, head_dim=8, head_dim_v=8, dtype=BF16).build(CPU)
+    request = dataclasses.replace(request, save_for_backward=True)
+    whole = CupyBackend(launcher=recorder, capability=(9, 0))
+    result = whole.forward(request)
+    whole.backward(request, result.out, result.tau, result.saved, dout)
+    assert len(result.saved) == 1 + has_entries
+    assert all(launch.args["by_entries"] == has_entries for launch in recorder.launches[1:4])
+    assert sum("entries" in launch.kernel for launch in recorder.launches) == 2 * has_entries
 
 
 @pytest.mark.parametrize(

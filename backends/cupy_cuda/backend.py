@@ -66,7 +66,7 @@ _ALPHAS = {1.5: "ALPHA_1_5", 2.0: "ALPHA_2"}
 _pointers = (
     *("q", "k", "v", "dout", "out", "entries", "tau", "delta", "dq", "dk", "dv", "dalpha", "transposed"),
     *("live", "words", "list", "counts", "first_bad", "alpha_heads", "seqlens_q", "seqlens_k", "sizes", "block_map"),
-    *("flags", "maxima", "sums"),
+    *("flags", "maxima", "slopes"),
 )
 _strides = tuple(f"stride_{tensor}{axis}" for tensor in "qkvo" for axis in ("bhm" if tensor in "qo" else "bhn"))
 _integers = (
@@ -276,7 +276,7 @@ class _Call:
         self.config = backend.config_of(request)
         self.setting = backend.setting_of(request)
         self.n_tiles, self.n_blocks = tiles_and_blocks(request, self.config.block_m, self.config.block_n)
-        self.has_entries = self.config.entries and self.n_blocks <= ENTRY_BLOCKS
+        self.has_entries = _has_entries(self.config, self.n_blocks)
         self.programs = request.batch * request.heads_q * self.n_tiles
         self.is_empty = 0 in (request.batch, request.heads_q, request.seqlen_q, request.seqlen_k)
         alphas = request.alpha_heads
@@ -333,19 +333,24 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.q.device)
 
 
+def _has_entries(config: Config, n_blocks: int) -> bool:
+    """Whether tiles may be taken by their entries: of longer sequences, an entry's key has no room in 16 bits."""
+    return config.entries and n_blocks <= ENTRY_BLOCKS
+
+
 def _alpha_class(alpha: float, alphas: Tensor | None) -> str:
     """The powers that the kernels are compiled for."""
     return "ALPHA_ANY" if alphas is not None else _ALPHAS.get(alpha, "ALPHA_ANY")
 
 
 class CupyBackend:
-    """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then only the blocks with support.
+    """alpha-entmax attention on a GPU in CUDA C++: one dense pass over the scores, then blocks or entries of support.
 
     The stages are those of the Triton backend. Extra memory beyond the results: a byte and a list entry per tile of
-    queries and block of keys; in bfloat16 eight bytes for each query and head; where tiles may be taken by their
+    queries and block of keys; in bfloat16 12 bytes for each query and head; where tiles may be taken by their
     entries, 256 bytes for each query and head, at most, that backward needs, and as much again during it; with few
-    queries over many keys 32 KiB, at most, for each query and head. No call waits for the device once its kernels are
-    compiled.
+    queries over many keys 32 KiB, at most, for each query and head. Once its kernels are compiled, no call but
+    ``support`` waits for the device.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (tau of the kept maxima of groups of keys) or
@@ -416,7 +421,7 @@ class CupyBackend:
             return []
         config = self.config_of(request)
         saved = [live_blocks(request, config.block_m, config.block_n)]
-        if config.entries:
+        if _has_entries(config, saved[0].shape[-1]):
             shape = (request.batch, request.heads_q, request.seqlen_q, min(request.head_dim_v, ENTRY_ROOM))
             saved.append(request.q.new_empty(shape, dtype=torch.int32))
         return saved
@@ -470,13 +475,13 @@ class CupyBackend:
         words = call.empty(call.programs, -(-call.n_blocks // WORD), dtype=torch.int32)
         lists = call.empty(call.programs, call.n_blocks, dtype=torch.int32)
         counts = call.empty(call.programs, dtype=torch.int32)
-        sums = call.empty(*tau.shape, 2, dtype=torch.float32) if call.q.dtype == torch.bfloat16 else None
+        slopes = call.empty(*tau.shape, 3, dtype=torch.float32) if call.q.dtype == torch.bfloat16 else None
         record = _record(
             PARAMS,
             arguments
             | {"out": out, "tau": tau, "live": live, "words": words, "list": lists, "counts": counts, "flags": flags}
             | {"first_bad": first_bad, "n_checks": n_checks, "by_entries": by_entries, "entries": entries}
-            | {"sums": sums},
+            | {"slopes": slopes},
         )
         follows = flags is not None
         self._launch(_of("entmax_attn_check_keys", call.dtype), units * n_checks, CHECK_WARPS, 128, record, follows)

@@ -48,7 +48,7 @@ SCRATCH = 128  # bytes that each kernel has for reductions
 LIST = 4096  # bytes of the lists in shared memory (backward.cu)
 HEAD_CLASSES = (64, 128, 256)
 # Of calls in which "auto" asks this backend first: queries and keys; of all heads and sequences, queries and pairs.
-LONG = 4096
+LONG, LONGEST = 4096, 131_072
 MANY_ROWS = 131_072
 MANY_PAIRS = 2**30
 
@@ -124,8 +124,8 @@ def leads(request: AttentionRequest) -> bool:
     """
     rows = request.batch * request.heads_q * request.seqlen_q
     return (
-        request.seqlen_q >= LONG
-        and request.seqlen_k >= LONG
+        LONG <= request.seqlen_q <= LONGEST
+        and LONG <= request.seqlen_k <= LONGEST
         and rows >= MANY_ROWS
         and rows * request.seqlen_k >= MANY_PAIRS
         and request.q.dtype.itemsize == 2

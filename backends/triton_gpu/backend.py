@@ -263,8 +263,8 @@ class TritonBackend:
     """alpha-entmax attention on a GPU: one dense pass over the scores, then only the blocks that hold support.
 
     Extra memory beyond the results: a byte and a list entry (two in backward) per tile of queries and block of keys,
-    one or two float32 numbers per row; with few queries over many keys 56 KiB, at most, for each query and head. No
-    call waits for the device, so forward and backward can be captured in a CUDA graph.
+    two or three float32 numbers per row; with few queries over many keys 56 KiB, at most, for each query and head. No
+    call but ``support`` waits for the device, so forward and backward can be captured in a CUDA graph.
 
     Args:
         init: how the lower bound of tau after the scan is found: "maxima" (exact tau of the kept maxima of groups of
@@ -359,8 +359,8 @@ class TritonBackend:
             **shared,
         )
         corrected = call.q.dtype in CORRECTED
-        sums = None if corrected else tau.new_empty(*tau.shape, 2)
-        shared |= {"LIVE": live, "SAVE": live is not None, "CORRECTED": corrected, "SUMS": sums}
+        slopes = None if corrected else tau.new_empty(*tau.shape, 3)
+        shared |= {"LIVE": live, "SAVE": live is not None, "CORRECTED": corrected, "SLOPES": slopes}
         _launch(
             kernels.entmax_attn_fwd_refine,
             programs,

@@ -119,15 +119,27 @@ def _newton_step(b_f, b_g, r, ALPHA: tl.constexpr):
 
 
 @triton.jit
-def _slope_after_step(b_f_before, b_g_before, b_f, r, ALPHA: tl.constexpr):
-    """g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g.
+def _store_slopes(SLOPES, b_f, b_g, b_step, r, o_rows, mask):
+    """What _load_slope needs of the step from f and g.
 
-    Where it falls by less than two thousandths, its rounding would show; and g, which falls no faster, is as good.
+    f falls by r times the step, times the mean of the slopes before and after: so the latter is (a - b f) g. Where it
+    falls by less than two thousandths, its rounding would show; and g, which falls no faster, is as good.
     """
-    b_step = _newton_step(b_f_before, b_g_before, r, ALPHA)
-    is_far = r * b_step * b_g_before > 2e-3 * b_f_before
-    b_g = 2 * (b_f_before - b_f) / (r * tl.where(is_far, b_step, 1.0)) - b_g_before
-    return tl.where(is_far, tl.minimum(tl.maximum(b_g, b_g_before / 2), b_g_before), b_g_before)
+    b_fall = r * b_step * b_g
+    is_far = b_fall > 2e-3 * b_f
+    b_fall = tl.where(is_far, b_fall, 1.0)
+    tl.store(SLOPES + 3 * o_rows, b_g, mask=mask)
+    tl.store(SLOPES + 3 * o_rows + 1, tl.where(is_far, 2 * b_f / b_fall - 1, 1.0), mask=mask)
+    tl.store(SLOPES + 3 * o_rows + 2, tl.where(is_far, 2 / b_fall, 0.0), mask=mask)
+
+
+@triton.jit
+def _load_slope(SLOPES, b_f, o_rows, mask):
+    """sum w after the last step of the refine kernel, from sum p."""
+    b_g = tl.load(SLOPES + 3 * o_rows, mask=mask, other=0.0)
+    b_a = tl.load(SLOPES + 3 * o_rows + 1, mask=mask, other=0.0)
+    b_b = tl.load(SLOPES + 3 * o_rows + 2, mask=mask, other=0.0)
+    return b_g * tl.minimum(tl.maximum(b_a - b_b * b_f, 0.5), 1.0)
 
 
 @triton.jit
@@ -702,7 +714,7 @@ def entmax_attn_fwd_refine(
     Q,
     K,
     TAU,
-    SUMS,
+    SLOPES,
     LIVE,
     WORDS,
     LIST,
@@ -748,8 +760,8 @@ def entmax_attn_fwd_refine(
     """Refine over the listed blocks: Newton steps in TAU until the next one is expected to be below ``target``.
 
     What is left of tau's error the output pass finds and corrects. After the first step, the list keeps the blocks that
-    it had found above the bound of the scan. LIVE is cleared for the output pass, which is left SUMS, those of p and w
-    of the last step, unless it is CORRECTED.
+    it had found above the bound of the scan. LIVE is cleared for the output pass, which is left SLOPES unless
+    it is CORRECTED.
     """
     i_bh, i_turn = _turn(tl.program_id(0), tl.num_programs(0), n_tiles, seqlen_k, HEAD_DIM)
     i_m = n_tiles - 1 - i_turn
@@ -785,7 +797,7 @@ def entmax_attn_fwd_refine(
     b_zero = tl.zeros([BLOCK_M, 4], tl.float32)
     b_no_bits = tl.zeros([BLOCK_M, 4], tl.int32)
     b_norm = tl.zeros([BLOCK_M], tl.float32)
-    b_slope = b_norm
+    b_slope, b_step = b_norm, b_norm
     steps = 0
     largest = 2 * tolerance
     while (steps < MAX_STEPS) & (largest > tolerance):
@@ -810,9 +822,8 @@ def entmax_attn_fwd_refine(
         steps += 1
     tl.store(TAU + o_rows, tl.where(is_bad, float("nan"), b_tau), mask=o_rows < seqlen_q)
     if not CORRECTED:
-        SUMS += 2 * i_bh.to(tl.int64) * seqlen_q
-        tl.store(SUMS + 2 * o_rows, b_norm, mask=o_rows < seqlen_q)
-        tl.store(SUMS + 2 * o_rows + 1, b_slope, mask=o_rows < seqlen_q)
+        SLOPES += 3 * i_bh.to(tl.int64) * seqlen_q
+        _store_slopes(SLOPES, b_norm, b_slope, b_step, r, o_rows, o_rows < seqlen_q)
     tl.store(COUNTS + 2 * i_tile, whole)
     tl.store(COUNTS + 2 * i_tile + 1, count)
 
@@ -882,7 +893,7 @@ def entmax_attn_fwd_output(
     V,
     OUT,
     TAU,
-    SUMS,
+    SLOPES,
     LIVE,
     WORDS,
     LIST,
@@ -934,7 +945,7 @@ def entmax_attn_fwd_output(
 
     If CORRECTED, the last step e of tau is applied to out itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2.
     Else out is divided by the sum of p, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and
-    the slope, sum w, follows from the sums of the step before, from SUMS.
+    the slope, sum w, follows from that of p and SLOPES.
     """
     ROWS: tl.constexpr = BLOCK_M // TILE_PROGRAMS
     i_part = tl.program_id(0) % TILE_PROGRAMS
@@ -986,10 +997,7 @@ def entmax_attn_fwd_output(
     if CORRECTED:
         b_slope = tl.sum(b_g, 1)
     else:
-        SUMS += 2 * i_bh.to(tl.int64) * seqlen_q
-        b_norm_before = tl.load(SUMS + 2 * o_rows, mask=o_rows < seqlen_q, other=0.0)
-        b_slope_before = tl.load(SUMS + 2 * o_rows + 1, mask=o_rows < seqlen_q, other=0.0)
-        b_slope = _slope_after_step(b_norm_before, b_slope_before, b_norm, r, ALPHA)
+        b_slope = _load_slope(SLOPES + 3 * i_bh.to(tl.int64) * seqlen_q, b_norm, o_rows, o_rows < seqlen_q)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
     if CORRECTED:
         b_out = b_out - (r * b_step)[:, None] * b_wv

@@ -27,6 +27,8 @@ constexpr int INIT_STEPS = 4;
 // Added to `counts` by refine where a row of the tile has no tau.
 constexpr int BAD_TILE = 1 << 30;
 
+struct NextSlope;
+
 // As backend.py lays it out: maps first, then eight bytes, then four. Strides are in elements.
 struct Params {
   TensorMap map_of_q, map_of_k, map_of_v, map_of_o;
@@ -55,7 +57,7 @@ struct Params {
   signed char* block_map;
   int* flags;
   float* maxima;
-  float2* sums;
+  NextSlope* slopes;
   long long stride_qb, stride_qh, stride_qm;
   long long stride_kb, stride_kh, stride_kn;
   long long stride_vb, stride_vh, stride_vn;
@@ -118,14 +120,20 @@ __device__ __forceinline__ float newton_step(float f, float g, float r) {
   return g > 0 ? (f - power) / g : 0.0f;
 }
 
-// g after a step, from f and g before it and f after it: f falls by r times the step, times the mean of both g. Where it
-// falls by less than two thousandths, its rounding would show; and g, which falls no faster, is as good.
-template <int ALPHA>
-__device__ __forceinline__ float slope_after_step(float2 before, float f, float r) {
-  const float step = newton_step<ALPHA>(before.x, before.y, r);
-  if (!(r * step * before.y > 2e-3f * before.x)) return before.y;
-  return fminf(fmaxf(2 * (before.x - f) / (r * step) - before.y, before.y / 2), before.y);
-}
+// Of the step from f and g what the slope after it, g then, needs besides f. f falls by r times the step, times the mean of
+// the slopes before and after: so the latter is (a - b f) g. Where it falls by less than two thousandths, its rounding would
+// show; and g, which falls no faster, is as good.
+struct NextSlope {
+  float g, a, b;
+
+  template <int ALPHA>
+  static __device__ __forceinline__ NextSlope of_step(float f, float g, float r) {
+    const float fall = r * newton_step<ALPHA>(f, g, r) * g;
+    return fall > 2e-3f * f ? NextSlope{g, 2 * f / fall - 1, 2 / fall} : NextSlope{g, 1, 0};
+  }
+
+  __device__ __forceinline__ float at(float f) const { return g * fminf(fmaxf(a - b * f, 0.5f), 1.0f); }
+};
 
 // phi(y) = exp(y) - 1 - y, by its series where the difference cancels.
 __device__ __forceinline__ float surprise(float y) {

@@ -62,8 +62,8 @@ constexpr int PROGRAMS_OF = PROGRAMS > 2 && IS_HALF<T> && !IS_BF16<T> && ALPHA !
 
 // A last Newton step is applied to the output itself: out(tau + e) = out(tau) - r e sum w v up to e ** 2. In bfloat16 out
 // is divided by the sum of p instead, which leaves r e (out - out1) sum w of the error, out1 = sum w v / sum w; and the
-// slope, sum w, follows from the sums of the step before. KEYS keys are multiplied at once; values wider than DV are
-// taken in parts. With PRODUCERS, so many warps more ask for the tiles.
+// slope, sum w, follows from f. KEYS keys are multiplied at once; values wider than DV are taken in parts. With PRODUCERS,
+// so many warps more ask for the tiles.
 template <class T, int D, int DV, int ALPHA, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES, int PROGRAMS,
           bool WGMMA, bool BULK, int PRODUCERS = 0>
 __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGRAMS, ALPHA>)
@@ -269,7 +269,7 @@ __global__ void __launch_bounds__(32 * (WARPS + PRODUCERS), PROGRAMS_OF<T, PROGR
       const int at = tile.first + row_of<M>(row);
       const float nan = nan_of(tau[row]);
       if (at >= params.seqlen_q) continue;
-      const float slope = CORRECTED ? g[row] : slope_after_step<ALPHA>(params.sums[tile.row + at], f[row], r);
+      const float slope = CORRECTED ? g[row] : params.slopes[tile.row + at].at(f[row]);
       const float change = newton_step<ALPHA>(f[row], slope, r);
       if (from == 0 && lane_of() % 4 == 0) params.tau[tile.row + at] = tau[row] + change;
       T* to = static_cast<T*>(params.out) + (tile.row + at) * params.head_dim_v + from;

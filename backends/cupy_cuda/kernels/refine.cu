@@ -225,8 +225,8 @@ __device__ __forceinline__ bool add_weights(float (&f)[2 * M], float (&g)[2 * M]
   return all > 0;
 }
 
-// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 from
-// the sums of the last step here. KEYS keys are multiplied at once.
+// Newton steps are taken until the next one is expected to be below `target`; output.cu takes that one, in bfloat16 with
+// the slope that follows from the last step here. KEYS keys are multiplied at once.
 template <class T, int D, int ALPHA, bool ENTRIES, int BLOCK_M, int BLOCK_N, int KEYS, int WARPS, int STAGES,
           int PROGRAMS, bool WGMMA, bool BULK>
 __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(const __grid_constant__ Params params) {
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const int row = tile.first + row_of<M>(i);
       if (lane_of() % 4 != 0 || row >= params.seqlen_q) continue;
       params.tau[tile.row + row] = end[i];
-      if constexpr (IS_BF16<T>) params.sums[tile.row + row] = {f[i], g[i]};
+      if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = NextSlope::of_step<ALPHA>(f[i], g[i], r);
     }
     if (threadIdx.x == 0) params.counts[tile.index] = has_bad ? count | BAD_TILE : count;
   };
