@@ -1,4 +1,4 @@
-// dq of entry tiles, and their entries in the order in which dkv takes them.
+// dq of entry tiles, which leaves the entries in the order in which dk and dv take them, and these.
 #include "entries.cuh"
 
 // A warp takes the entries of its 16 rows, 32 at a time.
