@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
       const int row = tile.first + row_of<M>(i);
       if (lane_of() % 4 != 0 || row >= params.seqlen_q) continue;
       params.tau[tile.row + row] = end[i];
-      if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = NextSlope::of_step<ALPHA>(f[i], g[i], r);
+      if constexpr (IS_BF16<T>) params.slopes[tile.row + row] = NextSlope::of_step<ALPHA>(f[i], g[i], 1 / tile.exponent);
     }
     if (threadIdx.x == 0) params.counts[tile.index] = has_bad ? count | BAD_TILE : count;
   };
