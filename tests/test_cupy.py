@@ -741,6 +741,7 @@ PARTS: list[tuple[str, torch.dtype, int, Any, str]] = [
     ("86", FLOAT, 256, 1.5, "maxima"),
     ("89", HALF, 256, 2.0, "maxima"),
     ("90a", BF16, 64, 1.5, "maxima"),
+    ("90a", BF16, 128, 1.5, "maxima"),
     ("90a", HALF, 128, (1.2,), "histogram"),
     ("100", BF16, 256, (1.2,), "maxima"),
     ("120", FLOAT, 64, 2.0, "histogram"),
