@@ -570,7 +570,7 @@ class CupyBackend:
                     t.zero_()
         else:
             delta = torch.empty_like(tau)
-            transposed = torch.empty_like(entries) if call.has_entries and entries is not None else None
+            transposed = None if entries is None else torch.empty_like(entries)
             record = _record(
                 PARAMS,
                 call.arguments()

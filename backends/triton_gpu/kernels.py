@@ -822,8 +822,8 @@ def entmax_attn_fwd_refine(
         steps += 1
     tl.store(TAU + o_rows, tl.where(is_bad, float("nan"), b_tau), mask=o_rows < seqlen_q)
     if not CORRECTED:
-        SLOPES += 3 * i_bh.to(tl.int64) * seqlen_q
-        _store_slopes(SLOPES, b_norm, b_slope, b_step, r, o_rows, o_rows < seqlen_q)
+        slopes = SLOPES + 3 * i_bh.to(tl.int64) * seqlen_q
+        _store_slopes(slopes, b_norm, b_slope, b_step, r, o_rows, o_rows < seqlen_q)
     tl.store(COUNTS + 2 * i_tile, whole)
     tl.store(COUNTS + 2 * i_tile + 1, count)
 
@@ -997,7 +997,8 @@ def entmax_attn_fwd_output(
     if CORRECTED:
         b_slope = tl.sum(b_g, 1)
     else:
-        b_slope = _load_slope(SLOPES + 3 * i_bh.to(tl.int64) * seqlen_q, b_norm, o_rows, o_rows < seqlen_q)
+        slopes = SLOPES + 3 * i_bh.to(tl.int64) * seqlen_q
+        b_slope = _load_slope(slopes, b_norm, o_rows, o_rows < seqlen_q)
     b_step = _newton_step(b_norm, b_slope, r, ALPHA)
     if CORRECTED:
         b_out = b_out - (r * b_step)[:, None] * b_wv

@@ -332,6 +332,7 @@ __global__ void __launch_bounds__(32 * WARPS, PROGRAMS) entmax_attn_fwd_refine(c
   };
   auto groups_of = [](int n) { return (n + GROUP - 1) / GROUP; };
   auto store_results = [&](const float(&end)[R]) {
+    // And its exponent instead of r.
     const QueryTile tile = tile_again();
 #pragma unroll
     for (int i = 0; i < R; i++) {
